@@ -1,0 +1,57 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv once, by constraints.txt.
+# PYTHON=... chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+RUN    := $(VENV)/.installed-run
+DEV    := $(VENV)/.installed-dev
+OUT    ?= outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning_lora needs Python 3.11 or later; got " + sys.version.split()[0] + ". Say which: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): $(INPUTS) | $(BIN)/python
+	@echo "Installing the package with every extra into $(VENV) (once; some minutes)"
+	$(PIP) -e ".[all]"
+	@touch $@
+
+$(DEV): $(INPUTS) $(RUN) | $(BIN)/python
+	@echo "Installing the test tools into $(VENV) (once)"
+	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+demo: $(RUN)  ## QLoRA on the built-in base: what it learned, what it forgot, a merged model
+	$(BIN)/python -m examples.demo.main --out $(OUT)
+
+test: $(DEV)  ## every test but the slow ones and those that need a GPU
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(DEV)  ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(DEV)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV)  ## ruff: repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV)  ## mypy
+	$(BIN)/mypy
+
+docs: $(DEV)  ## the documentation as a site in site/ (installs mkdocs)
+	$(PIP) mkdocs
+	$(BIN)/python -m mkdocs build --strict
+
+clean:  ## remove the virtual environment and what runs have written
+	rm -rf $(VENV) outputs site build *.egg-info .mypy_cache .ruff_cache .pytest_cache
