@@ -30,7 +30,7 @@ $(DEV): $(INPUTS) $(RUN) | $(BIN)/python
 	@touch $@
 
 demo: $(RUN)  ## QLoRA on the built-in base: what it learned, what it forgot, a merged model
-	$(BIN)/python -m examples.demo.main --out $(OUT)
+	$(BIN)/python examples/demo/main.py --out $(OUT)
 
 test: $(DEV)  ## every test but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"

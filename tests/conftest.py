@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: a fixed seed, a working folder of its own, and the GPU mark."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's numbers do not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)  # the legacy generator is the one that libraries draw from
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a Trainer writes by default (logs, checkpoints) lands in the test's folder, not in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is none, with the reason said."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
