@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that appear whole or not at all.
+
+A file is written beside its target, flushed, synced and renamed over it; a folder is filled under a hidden
+name beside its target and renamed into place::
+
+    .name.new-<host>-<pid>-<run>-<hex>   being filled          -> renamed to  name
+    .name.old-<host>-<pid>-<run>-<hex>   the one it replaces   -> removed when the new one stands
+
+A process killed between the two renames of a replacement leaves the old folder whole under its hidden name;
+`recover` (which `atomic_folder` and the readers of folders call) puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_lora.errors import CheckpointError
+
+_NEW, _OLD = "new", "old"
+_RUN = secrets.token_hex(4)  # a restarted container often has the process id of the one that was killed
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path to write to; on leaving without an exception what was written there becomes `path`.
+
+    Args:
+        path: The file to write. Its folder is made when it is missing.
+
+    Yields:
+        A hidden path beside the target. Whoever opens it closes it before the block ends.
+
+    Raises:
+        CheckpointError: When the block wrote nothing.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(target.parent)
+    part = _hidden(target, _NEW)
+    try:
+        yield part
+        if not part.exists():
+            raise CheckpointError(
+                f"nothing was written for {target}: write to the path that the block was given."
+            )
+        _sync(part)
+        os.replace(part, target)
+        _sync(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty folder to fill; on leaving without an exception it becomes `path`, as a whole.
+
+    A folder that already stands at `path` is moved aside first and removed when the new one is in place, so
+    that a whole old or a whole new one is found at any moment.
+
+    Args:
+        path: The folder to write. Its parent is made when it is missing.
+
+    Yields:
+        The hidden folder to fill.
+
+    Raises:
+        CheckpointError: When a file stands at `path`.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"a folder is to be written to {target}, but a file stands there: move it or choose another path."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    clean_leftovers(target.parent)
+    part = _hidden(target, _NEW)
+    part.mkdir()
+    try:
+        yield part
+        sync_folder(part)
+        _swap(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder so that it is gone at once: it is renamed to a hidden name first, then deleted.
+
+    A symbolic link is removed without touching what it points to. A missing folder is no error.
+
+    Args:
+        path: The folder to remove.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        target.unlink()
+        return
+    if not target.exists():
+        return
+    aside = _hidden(target, _NEW)  # "new": a leftover of a removal is rubbish, never a folder to recover
+    os.replace(target, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(path: str | os.PathLike[str]) -> bool:
+    """Put back the folder that a killed process had moved aside when nothing stands at `path`.
+
+    Args:
+        path: The folder as its readers know it.
+
+    Returns:
+        Whether a folder was put back.
+    """
+    target = Path(path)
+    if target.exists() or not target.parent.is_dir():
+        return False
+    asides = [(p, _writer(p.name, _OLD)) for p in target.parent.iterdir()]
+    abandoned = [
+        p for p, writer in asides if writer and writer.target == target.name and not _is_alive(writer)
+    ]
+    if not abandoned:
+        return False
+    newest = max(abandoned, key=lambda p: p.stat().st_mtime_ns)
+    try:
+        os.rename(newest, target)
+    except OSError:  # another process put one back first
+        return False
+    return True
+
+
+def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed processes of this machine left half written in a folder.
+
+    Folders of another machine on a shared disk, and those of living processes, are left alone; a replaced
+    folder is removed only when the one that replaces it stands.
+
+    Args:
+        folder: Where targets are written.
+
+    Returns:
+        The paths that were removed.
+    """
+    removed = []
+    for entry in list(Path(folder).iterdir()):
+        rubbish = _writer(entry.name, _NEW)
+        replaced = _writer(entry.name, _OLD)
+        if replaced is not None and (entry.parent / replaced.target).exists():
+            rubbish = replaced
+        if rubbish is None or _is_alive(rubbish):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+        removed.append(entry)
+    return removed
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush every file and folder below `folder` to the disk, the folder itself last.
+
+    Args:
+        folder: The root of what is flushed.
+    """
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not os.path.islink(os.path.join(root, name)):
+                _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _swap(part: Path, target: Path) -> None:
+    """Rename `part` to `target`; what stood there is moved aside before and removed after."""
+    if not os.path.lexists(target):
+        os.rename(part, target)
+        _sync(target.parent)
+        return
+    if target.is_symlink():
+        target.unlink()
+        os.rename(part, target)
+        _sync(target.parent)
+        return
+    aside = _hidden(target, _OLD)
+    os.rename(target, aside)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder; a file system that cannot sync folders is let pass."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    """This machine's name, safe inside a file name and without the separator."""
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname()) or "host"
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    """A fresh hidden name beside `target` that says who writes it."""
+    return target.parent / f".{target.name}.{kind}-{_host()}-{os.getpid()}-{_RUN}-{secrets.token_hex(4)}"
+
+
+class _Writer(NamedTuple):
+    """Who writes under a hidden name of ours."""
+
+    target: str
+    host: str
+    pid: int
+    run: str
+
+
+def _writer(name: str, kind: str) -> _Writer | None:
+    """The writer of a hidden name of ours, None for any other name."""
+    match = re.fullmatch(rf"\.(.+)\.{kind}-([A-Za-z0-9_]+)-(\d+)-([0-9a-f]{{8}})-[0-9a-f]{{8}}", name)
+    if match is None:
+        return None
+    return _Writer(match.group(1), match.group(2), int(match.group(3)), match.group(4))
+
+
+def _is_alive(writer: _Writer) -> bool:
+    """Whether the writer may still be at work: a living process here, or any process elsewhere."""
+    if writer.host != _host():
+        return True
+    if writer.pid == os.getpid():
+        return writer.run == _RUN
+    try:
+        os.kill(writer.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
