@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a Trainer writes by default (logs, checkpoints) lands in the test's folder, not in the checkout."""
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Trainer writes by default (logs, checkpoints) lands in the test's folder."""
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

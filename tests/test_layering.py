@@ -25,7 +25,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "rng": (),
     "nn": ("adapter", "functional", "quantized", "linear", "saved"),
     "model": ("inner", "targets", "fingerprint", "apply"),
-    "io": ("atomic", "adapter", "checkpoint", "merge"),
+    "io": ("atomic", "peft_rules", "adapter", "checkpoint", "merge"),
     "forgetting": ("statistics", "tasks", "scoring", "monitor"),
     "reporting": ("forgetting",),
     "strategies": (),
