@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA and QLoRA for the Lightning Trainer you already have.
+
+Add the `LoRA` callback, keep your LightningModule, and see on every run what the model forgets. Names are
+imported when they are first used, so that ``import lightning_lora`` costs no more than Lightning does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+    from lightning_lora.callbacks.lora import LoRA
+    from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+    from lightning_lora.config import LoRAConfig
+    from lightning_lora.io.adapter import load_adapter, save_adapter
+    from lightning_lora.io.checkpoint import load_from_checkpoint
+    from lightning_lora.io.merge import merge_adapters
+    from lightning_lora.model.apply import (
+        ApplyReport,
+        adapter_state_dict,
+        apply_lora,
+        disable_adapters,
+        set_adapter_scale,
+    )
+    from lightning_lora.strategies import (
+        AdapterDDPStrategy,
+        AdapterSingleDeviceStrategy,
+        AdapterStateMixin,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "AdapterDDPStrategy": "strategies",
+    "AdapterSingleDeviceStrategy": "strategies",
+    "AdapterStateMixin": "strategies",
+    "ApplyReport": "model.apply",
+    "ForgettingMonitor": "callbacks.forgetting_monitor",
+    "LoRA": "callbacks.lora",
+    "LoRAConfig": "config",
+    "MergeOnFitEnd": "callbacks.merge_on_fit_end",
+    "adapter_state_dict": "model.apply",
+    "apply_lora": "model.apply",
+    "disable_adapters": "model.apply",
+    "load_adapter": "io.adapter",
+    "load_from_checkpoint": "io.checkpoint",
+    "merge_adapters": "io.merge",
+    "save_adapter": "io.adapter",
+    "set_adapter_scale": "model.apply",
+}
+
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterDDPStrategy",
+    "AdapterSingleDeviceStrategy",
+    "AdapterStateMixin",
+    "ApplyReport",
+    "ForgettingMonitor",
+    "LoRA",
+    "LoRAConfig",
+    "MergeOnFitEnd",
+    "adapter_state_dict",
+    "apply_lora",
+    "disable_adapters",
+    "load_adapter",
+    "load_from_checkpoint",
+    "merge_adapters",
+    "save_adapter",
+    "set_adapter_scale",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LoRAConfig`: one validated source for the callback, the command line, YAML and adapter files.
+
+The words and their meanings are PEFT's. The forward of an adapted linear layer is
+
+    y = x W^T + b + s * dropout(x) A^T B^T,    s = lora_alpha / r   (use_rslora: lora_alpha / sqrt(r))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_lora.errors import ConfigError, UnsupportedError
+
+QuantizeMode = Literal["none", "nf4", "nf4-dq", "fp4", "int8"]
+DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
+MasterDTypeName = Literal["fp32", "bf16", "fp16"]
+InitMode = Literal["kaiming", "gaussian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """How a model is adapted and, with ``quantize``, how its base is packed.
+
+    Args:
+        r: Rank of every adapter, the inner size of ``B A``. At least 1.
+        lora_alpha: Numerator of the scale; the update is multiplied by ``lora_alpha / r``.
+        lora_dropout: Share of the adapter's input that is dropped in training, in [0, 1).
+        target_modules: Which linears to adapt: "all-linear" (all but the output head), a list of name
+            suffixes such as ``["q_proj", "v_proj"]``, or a regular expression that matches whole names.
+        exclude_modules: Name suffixes, or a regular expression, of modules to leave alone.
+        layers_to_transform: Indices of the blocks to adapt, e.g. ``[0, 1, 2]``; all if null.
+        layers_pattern: Name of the block list that ``layers_to_transform`` counts, e.g. "layers"; the
+            first number in a module's name if null.
+        modules_to_save: Name suffixes of modules that are trained in full and kept in checkpoints.
+        rank_pattern: Ranks for some modules, by name suffix or regular expression: ``{"q_proj": 32}``.
+        alpha_pattern: The same for ``lora_alpha``.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
+        use_dora: Not built in this version: must be false.
+        init_lora_weights: Start of A: "kaiming" (uniform, as PEFT's default) or "gaussian"
+            (standard deviation 1/r). B is zero either way.
+        quantize: Packing of the frozen base: "none", "nf4", "nf4-dq" (its scales packed too), "fp4", "int8".
+        compute_dtype: Dtype that a packed base computes in: "auto" is that of the activations, which are
+            cast down to it when it is narrower and never up.
+        adapter_dtype: Dtype of the master adapters; they are cast to the activations' dtype in use.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+        UnsupportedError: A method that is not built was asked for.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: InitMode = "kaiming"
+    quantize: QuantizeMode = "none"
+    compute_dtype: DTypeName = "auto"
+    adapter_dtype: MasterDTypeName = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.use_dora:
+            raise UnsupportedError("`use_dora=True`: DoRA is not built in this version; leave it false")
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for key, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}")
+        if not self.target_modules:
+            raise ConfigError(
+                f"`target_modules` must name something, got {self.target_modules!r}; "
+                'use "all-linear", a list of name suffixes or a regular expression'
+            )
+        for name in ("target_modules", "exclude_modules"):
+            _check_regex(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name) or {}:
+                _check_regex(name, key)
+        if self.layers_to_transform is None and self.layers_pattern is not None:
+            raise ConfigError("`layers_pattern` is given without `layers_to_transform`; give both or none")
+        _check_choice("init_lora_weights", self.init_lora_weights, InitMode)
+        _check_choice("quantize", self.quantize, QuantizeMode)
+        _check_choice("compute_dtype", self.compute_dtype, DTypeName)
+        _check_choice("adapter_dtype", self.adapter_dtype, MasterDTypeName)
+
+    def rank_for(self, name: str) -> int:
+        """Rank of the module called ``name`` (``rank_pattern`` or ``r``)."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def alpha_for(self, name: str) -> float:
+        """``lora_alpha`` of the module called ``name`` (``alpha_pattern`` or ``lora_alpha``)."""
+        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as primitives, for YAML, JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoRAConfig:
+        """A configuration from `to_dict`'s primitives.
+
+        Raises:
+            ConfigError: A key is unknown, as in a file of a newer version.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"LoRAConfig does not know {unknown}; it knows {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass
+class AdapterRecord:
+    """What one `apply_lora` did, shared by every adapter module that it made.
+
+    Args:
+        config: The configuration in use.
+        fingerprint: Of the base before packing, or None where it could not be read (meta device).
+    """
+
+    config: LoRAConfig
+    fingerprint: dict[str, Any] | None = field(default=None)
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """The factor of ``B A``: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rank stabilisation."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"`{name}` must be an integer of at least 1, got {value!r}")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"`{name}` must be a positive number, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}")
+
+
+def _check_regex(name: str, value: Any) -> None:
+    if isinstance(value, str) and value != "all-linear":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ConfigError(f"`{name}` {value!r} is no regular expression: {error}") from error
+
+
+def _by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The first entry whose key is ``name``, ends it at a dot, or matches it as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default

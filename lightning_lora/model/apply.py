@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put adapters into a model, switch them off, scale them, and read and write what they trained."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import AdapterRecord, LoRAConfig
+from lightning_lora.errors import (
+    AdapterMismatchError,
+    AlreadyAdaptedError,
+    ConfigError,
+    Notice,
+    UnsupportedError,
+)
+from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.inner import clean_name
+from lightning_lora.model.targets import find_targets
+from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.linear import LoRALinear, is_conv1d
+from lightning_lora.nn.quantized import PackedLinear, PackedWeight
+from lightning_lora.nn.saved import SavedModule
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What `apply_lora` did.
+
+    Args:
+        adapted: Names of the linears that got an adapter.
+        saved: Names of the modules that are trained in full.
+        trainable_params: Trainable parameters now.
+        logical_params: Parameters of the base, packed ones counted as what they stand for.
+        base_bytes: Bytes of the base's parameters and buffers before [bytes].
+        packed_bytes: The same after packing [bytes]; equal without ``quantize``.
+        fingerprint: Of the base before packing, None where it had no values (meta device).
+        quantize: How the base was packed.
+    """
+
+    adapted: list[str]
+    saved: list[str]
+    trainable_params: int
+    logical_params: int
+    base_bytes: int
+    packed_bytes: int
+    fingerprint: dict[str, Any] | None
+    quantize: str
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> ApplyReport:
+    """Freeze ``model``, pack its linears as ``config.quantize`` says, and add adapters, in place.
+
+    The update starts at exactly zero: the model computes what it computed before, bit for bit (a packed
+    base: what the packed base computes). Conversion goes tensor by tensor.
+
+    Args:
+        model: Any module with linear layers; a LightningModule or a transformers model alike.
+        config: What to adapt and how.
+
+    Raises:
+        AlreadyAdaptedError: The model already carries adapters.
+        TargetError: Nothing matched, or something that cannot be adapted.
+        UnsupportedError: The model is already sharded, or quantized by another owner.
+    """
+    _refuse_converted(model)
+    targets = find_targets(model, config)
+    record = AdapterRecord(config, fingerprint(model))
+    logical, base_bytes = _count(model)
+    model.requires_grad_(False)
+    _freeze_statistics(model, targets.saved)
+    paths = _paths(model)
+    for name in targets.saved:
+        _replace(model, paths[name], SavedModule(model.get_submodule(name), record))
+    packed = set(targets.packed) if config.quantize != "none" else set()
+    adapted = set(targets.adapted)
+    for name in [n for n in paths if n in adapted or n in packed]:
+        base = model.get_submodule(name)
+        if name in packed:
+            base = _pack(base, config)
+        if name in adapted:
+            base = LoRALinear(base, record, config.rank_for(name), config.alpha_for(name))
+        base.train(model.training)
+        _replace(model, paths[name], base)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ApplyReport(
+        adapted=list(targets.adapted),
+        saved=list(targets.saved),
+        trainable_params=trainable,
+        logical_params=logical,
+        base_bytes=base_bytes,
+        packed_bytes=_count(model, skip=set(map(id, _trained(model).values())))[1],
+        fingerprint=record.fingerprint,
+        quantize=config.quantize,
+    )
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is its base: same weights, adapters and `modules_to_save` off. Restored on exceptions."""
+    before = [(module, module.enabled) for _, module in adapter_modules(model)]
+    try:
+        for module, _ in before:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in before:
+            module.enabled = enabled
+
+
+def set_adapter_scale(model: nn.Module, lam: float) -> None:
+    """Multiply every adapter of ``model`` by ``lam``: 0 is the base, 1 what was trained.
+
+    Raises:
+        ConfigError: ``lam`` is no finite number, or the model has no adapters.
+    """
+    if not isinstance(lam, int | float) or not math.isfinite(lam):
+        raise ConfigError(f"`lam` must be a finite number, got {lam!r}")
+    modules = [module for _, module in adapter_modules(model)]
+    if not modules:
+        raise ConfigError("the model has no adapters to scale; call `apply_lora` or `load_adapter` first")
+    for module in modules:
+        module.strength = float(lam)
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """Every adapter module of ``model`` with its name, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterModule):
+            yield name, module
+
+
+def adapter_record(model: nn.Module) -> AdapterRecord | None:
+    """What `apply_lora` recorded, or None for a model without adapters."""
+    return next((module.record for _, module in adapter_modules(model)), None)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `apply_lora` has converted ``model`` or a part of it."""
+    return adapter_record(model) is not None
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of ``model.state_dict()`` that adapters and ``modules_to_save`` train, wrappers out of their names.
+
+    The tensors are the live ones, detached; the frozen base is never touched.
+    """
+    return {clean_name(name): tensor.detach() for name, tensor in _trained(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy ``state`` into the adapters of ``model``, in place.
+
+    Args:
+        model: A converted model.
+        state: As `adapter_state_dict` gives it. Nothing is copied unless everything fits.
+        strict: Whether keys that no adapter owns are an error too.
+
+    Raises:
+        AdapterMismatchError: A key is missing, unknown, or of another shape.
+    """
+    own = {clean_name(name): tensor for name, tensor in _trained(model).items()}
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own] if strict else []
+    if missing or unknown:
+        raise AdapterMismatchError(_key_problem(missing, unknown, own, state))
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise AdapterMismatchError(
+                f"{name!r} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model: "
+                "was the adapter trained with another rank or on another base?"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, module in adapter_modules(model):
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        found.update({f"{name}.{own}" if name else own: tensors[own] for own in module.trained_names()})
+    return found
+
+
+def _key_problem(
+    missing: list[str], unknown: list[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> str:
+    text = "the adapter does not fit the model:"
+    if missing:
+        near = difflib.get_close_matches(missing[0], list(state), n=1, cutoff=0.6)
+        hint = f" (nearest in the file: {near[0]!r})" if near else ""
+        text += f" {len(missing)} of {len(own)} tensors are missing, {missing[0]!r} first{hint};"
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(own), n=1, cutoff=0.6)
+        hint = f" (nearest in the model: {near[0]!r})" if near else ""
+        text += f" {len(unknown)} tensors are unknown to the model, {unknown[0]!r} first{hint};"
+    return text + " use the `target_modules` and `modules_to_save` that it was trained with"
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    if is_adapted(model):
+        raise AlreadyAdaptedError(
+            "the model already carries adapters; start from a fresh base model, or load into this one with `load_adapter`"
+        )
+    sharded = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")]
+    if sharded or any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
+        raise UnsupportedError(
+            f"the model is already sharded ({(sharded or ['FSDP'])[0]!r}): call `apply_lora(self, config)` in "
+            "`configure_model` before `fully_shard` or `wrap`"
+        )
+
+
+def _freeze_statistics(model: nn.Module, saved: list[str]) -> None:
+    """Frozen layers keep their running statistics too, or the base would drift in training."""
+    frozen = []
+    for name, module in model.named_modules():
+        inside = any(name == s or name.startswith(f"{s}.") for s in saved)
+        if inside or not getattr(module, "track_running_stats", False):
+            continue
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            module.momentum = 0.0  # without tracking it would leave its statistics out of evaluation too
+        else:
+            module.track_running_stats = False  # in training: batch statistics, and no update
+        frozen.append(name)
+    if frozen:
+        warnings.warn(
+            f"the running statistics of {len(frozen)} normalisation layers, {frozen[0]!r} first, are frozen with "
+            "the base; name them in `modules_to_save` to train them",
+            Notice,
+            stacklevel=3,
+        )
+
+
+def _pack(layer: nn.Module, config: LoRAConfig) -> PackedLinear:
+    narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
+    return PackedLinear(layer.weight, layer.bias, config.quantize, is_conv1d(layer), narrow)  # type: ignore[arg-type]
+
+
+def _paths(model: nn.Module) -> dict[str, list[str]]:
+    """For each module's first name, every name that reaches the same module (shared layers)."""
+    by_id: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_id.setdefault(id(module), []).append(name)
+    return {names[0]: names for names in by_id.values()}
+
+
+def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
+
+
+def _count(model: nn.Module, skip: Collection[int] = ()) -> tuple[int, int]:
+    """Logical parameters, and bytes of parameters and buffers; ``skip`` holds ids of tensors to leave out."""
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    parameters = [p for p in model.parameters() if id(p) not in skip]
+    logical = sum(p.numel() for p in parameters) + sum(p.logical_numel for p in packed)
+    tensors = [*parameters, *(b for b in model.buffers() if id(b) not in skip)]
+    return logical, sum(t.numel() * t.element_size() for t in tensors)

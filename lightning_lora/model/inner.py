@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`inner_model`: the transformers model inside a LightningModule, whose names adapter files use."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+# What wrappers put into parameter names: torch.compile, FSDP 1, activation checkpointing.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def is_hf_model(module: nn.Module) -> bool:
+    """Whether ``module`` is a model of transformers (which is not imported for the question)."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    return utils is not None and isinstance(module, utils.PreTrainedModel)
+
+
+def hf_models(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost transformers models inside ``module``, itself included, by name."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
+        if is_hf_model(child) and not inside:
+            found.append((name, child))
+    return found
+
+
+def inner_model(module: nn.Module) -> tuple[str, nn.Module]:
+    """The one transformers model inside ``module`` and its name; ``("", module)`` with none or several."""
+    found = hf_models(module)
+    return found[0] if len(found) == 1 else ("", module)
+
+
+def clean_name(name: str) -> str:
+    """``name`` without what `torch.compile`, FSDP and checkpoint wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a model are adapted, packed and saved; with the nearest names when nothing matches."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import Notice, TargetError, UnsupportedError
+from lightning_lora.model.inner import hf_models, inner_model
+from lightning_lora.nn.linear import is_conv1d
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Module names, in model order.
+
+    Args:
+        adapted: Linears that get an adapter.
+        packed: Linears whose weight is packed when the base is quantized: all but the head and saved ones.
+        saved: Modules that are trained in full.
+    """
+
+    adapted: list[str]
+    packed: list[str]
+    saved: list[str]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+    """Choose modules as ``config`` says.
+
+    Raises:
+        TargetError: An entry that must match something matches nothing, or something that is no linear layer.
+        UnsupportedError: A chosen layer is already quantized by bitsandbytes.
+    """
+    linears = _linears(model)
+    prefix = inner_model(model)[0]
+    heads = find_heads(model, linears)
+    saved = _saved(model, config, prefix) + [
+        name for name in _fresh_task_heads(model, config) if not _inside(name, config.modules_to_save or [])
+    ]
+    saved = _outermost(dict.fromkeys(saved))
+    free = [name for name in linears if not _under(name, saved)]
+    if config.target_modules == "all-linear":
+        chosen = [name for name in free if name not in heads]
+        if not heads and _has_no_embedding(model):
+            _notice_no_head(free)
+    else:
+        chosen = [name for name in free if matches(config.target_modules, name, prefix)]
+        _check_target_entries(model, config.target_modules, prefix, linears)
+    if config.exclude_modules is not None:
+        chosen = [name for name in chosen if not matches(config.exclude_modules, name, prefix)]
+    chosen = [name for name in chosen if _in_layers(name, config)]
+    if not chosen and not saved:
+        raise TargetError(_nothing_matched(model, config, linears))
+    if not chosen:
+        raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
+    _check_patterns(config, chosen)
+    _refuse_bitsandbytes({name: linears[name] for name in chosen}, model, config)
+    excluded = config.exclude_modules
+    packed = [
+        name
+        for name in free
+        if (name not in heads or name in chosen) and not (excluded and matches(excluded, name, prefix))
+    ]
+    return Targets(chosen, [name for name in packed if not _shares_weight(model, linears[name])], saved)
+
+
+def find_heads(model: nn.Module, linears: dict[str, nn.Module] | None = None) -> set[str]:
+    """Names of output heads, found by what they do.
+
+    A head is what ``get_output_embeddings`` gives, or a linear tied to an embedding, or the last linear
+    whose output is as wide as the largest embedding is long.
+    """
+    linears = _linears(model) if linears is None else linears
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tied = {id(e.weight) for e in embeddings}
+    outputs = {id(head) for _, hf in hf_models(model) if (head := _output_embeddings(hf)) is not None}
+    heads = {name for name, m in linears.items() if id(m) in outputs or id(m.weight) in tied}
+    if not heads and embeddings:
+        longest = max(e.num_embeddings for e in embeddings)
+        wide = [n for n, m in linears.items() if getattr(m, "out_features", None) == longest]
+        heads = set(wide[-1:])
+    return heads
+
+
+def matches(spec: str | list[str], name: str, prefix: str = "") -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or suffixes.
+
+    ``prefix`` is where the transformers model sits in a LightningModule: names inside it count too.
+    """
+    names = [name]
+    if prefix and name.startswith(f"{prefix}."):
+        names.append(name[len(prefix) + 1 :])
+    if isinstance(spec, str):
+        return any(re.fullmatch(spec, n) for n in names)
+    return any(n == entry or n.endswith(f".{entry}") for n in names for entry in spec)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether `LoRALinear` can stand in for ``module``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name and is_adaptable(m)}
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # encoders and vision models have none to give
+        return None
+
+
+def _saved(model: nn.Module, config: LoRAConfig, prefix: str) -> list[str]:
+    saved = []
+    modules = {name: m for name, m in model.named_modules() if name}
+    for entry in config.modules_to_save or []:
+        found = [name for name in modules if matches([entry], name, prefix)]
+        if not found:
+            raise TargetError(f"`modules_to_save` entry {entry!r} matches no module{_near(entry, modules)}")
+        saved += found
+    return saved
+
+
+def _fresh_task_heads(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Modules of a transformers task model outside its ``base_model`` that no pretrained file filled."""
+    fresh = []
+    for name, hf in hf_models(model):
+        base = hf.base_model
+        if base is hf or _output_embeddings(hf) is not None:
+            continue
+        for child_name, child in hf.named_children():
+            parameters = list(child.parameters())
+            # transformers marks the parameters that it read from a file
+            new = parameters and not all(getattr(p, "_is_hf_initialized", False) for p in parameters)
+            if child is not base and new:
+                fresh.append(f"{name}.{child_name}" if name else child_name)
+    if fresh:
+        warnings.warn(
+            f"the task head {fresh} was freshly initialised: it is trained in full, as `modules_to_save`",
+            Notice,
+            stacklevel=2,
+        )
+    return fresh
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+
+
+def _inside(name: str, entries: list[str]) -> bool:
+    return any(name == e or name.endswith(f".{e}") for e in entries)
+
+
+def _under(name: str, parents: list[str]) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in parents)
+
+
+def _has_no_embedding(model: nn.Module) -> bool:
+    return not any(isinstance(m, nn.Embedding) for m in model.modules()) and not hf_models(model)
+
+
+def _notice_no_head(names: list[str]) -> None:
+    warnings.warn(
+        f"the model has no embedding, so no output head was looked for: every linear is adapted ({_few(names)}); "
+        "name one to leave alone in `exclude_modules`",
+        Notice,
+        stacklevel=3,
+    )
+
+
+def _in_layers(name: str, config: LoRAConfig) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    pattern = rf"(?:.*\.)?{config.layers_pattern}\.(\d+)\." if config.layers_pattern else r"(?:[^.]+\.)*?(\d+)\."
+    found = re.match(pattern, name)
+    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _check_target_entries(
+    model: nn.Module, spec: str | list[str], prefix: str, linears: dict[str, nn.Module]
+) -> None:
+    if isinstance(spec, str):
+        return
+    others = {name: m for name, m in model.named_modules() if name and name not in linears}
+    unmatched = []
+    for entry in spec:
+        if any(matches([entry], name, prefix) for name in linears):
+            continue
+        wrong = [name for name in others if matches([entry], name, prefix)]
+        if wrong:
+            kind = type(others[wrong[0]]).__name__
+            raise TargetError(
+                f"`target_modules` entry {entry!r} names {wrong[0]!r}, a {kind}: only linear layers (nn.Linear, "
+                "transformers' Conv1D) can be adapted; name the linears inside it"
+            )
+        unmatched.append(entry)
+    if unmatched and len(unmatched) < len(spec):
+        hints = "".join(_near(entry, linears) for entry in unmatched[:1])
+        warnings.warn(f"`target_modules` entries {unmatched} match no linear layer{hints}", Notice, stacklevel=3)
+
+
+def _check_patterns(config: LoRAConfig, chosen: list[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field) or {}:
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in chosen):
+                raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{_near(key, chosen)}")
+
+
+def _refuse_bitsandbytes(chosen: dict[str, nn.Module], model: nn.Module, config: LoRAConfig) -> None:
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is None:
+        return
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    searched = dict(model.named_modules()) if config.quantize != "none" else chosen
+    taken = [name for name, m in searched.items() if isinstance(m, kinds)]
+    if taken:
+        raise UnsupportedError(
+            f"{len(taken)} layers, {taken[0]!r} first, are already quantized by bitsandbytes; load the model in "
+            'full or half precision and let `quantize="nf4"` or "int8" pack it'
+        )
+
+
+def _shares_weight(model: nn.Module, linear: nn.Module) -> bool:
+    """Whether an embedding reads the linear's weight, which packing would take away from it."""
+    return any(isinstance(m, nn.Embedding) and m.weight is linear.weight for m in model.modules())
+
+
+def _nothing_matched(model: nn.Module, config: LoRAConfig, linears: dict[str, nn.Module]) -> str:
+    if not linears:
+        return "the model has no linear layer to adapt (was it built yet? build it in __init__ or configure_model)"
+    spec = config.target_modules
+    entries = [spec] if isinstance(spec, str) else spec
+    hint = "" if spec == "all-linear" else "".join(_near(entry, linears) for entry in entries[:2])
+    limits = [
+        f"{name}={value!r}"
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, name)) is not None
+    ]
+    narrowed = f" with {', '.join(limits)}" if limits else ""
+    return f"`target_modules`={spec!r}{narrowed} chose none of {len(linears)} linear layers{hint or _sample(linears)}"
+
+
+def _near(entry: str, names: Iterable[str]) -> str:
+    """``; the nearest names are ...``, comparing last name parts first."""
+    by_suffix = {name.rsplit(".", 1)[-1]: name for name in names}
+    close = difflib.get_close_matches(entry, list(by_suffix), n=3, cutoff=0.5)
+    close = close or difflib.get_close_matches(entry, list(names), n=3, cutoff=0.4)
+    return f"; the nearest names are {close}" if close else _sample(names)
+
+
+def _sample(names: Iterable[str]) -> str:
+    suffixes = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    return f"; there are {_few(suffixes)}"
+
+
+def _few(names: list[str], count: int = 8) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lora_linear`: a frozen linear map plus its low-rank update as one `torch.autograd.Function`.
+
+With x (N, in), the frozen W (out, in), A (r, in), B (out, r), s the scale, and D the dropout of the
+adapter's input (D = identity outside training):
+
+    forward     u  = D(x) A^T                        (N, r)
+                y  = x W^T + b  (+)  s u B^T         (N, out)   added into the fresh output
+    backward    v  = s dy B                          (N, r)
+                dx = dy W  (+)  D^T(v A)             (N, in)    added into the fresh gradient
+                dA = v^T D(x)                        (r, in)
+                dB = s (u^T dy)^T                    (out, r)   as (r, N) x (N, out): the fast orientation
+
+(+) is an addition in place into a tensor that this function made itself; no input is ever written into.
+Saved for backward: x and u, nothing else of the activations' width. A and B are cast *down* to x's dtype;
+x is never cast up. W is not saved but asked for again, so that a packed weight is dequantized once each
+way and never kept. The dropout mask is not stored: it is drawn anew from a seed, which itself is drawn
+from torch's CPU generator, so that activation checkpointing draws the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+
+WeightOf = Callable[[torch.dtype], Tensor]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: WeightOf,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``x W^T + b + scale * D(x) A^T B^T``; without ``lora_A`` the frozen part alone.
+
+    Dropout works on bytes: ``round(256 p)`` of 256 values drop (at least one), and the kept ones are
+    divided by the true share that is kept (243/256 for p = 0.05), so that the mean is exact.
+
+    Args:
+        x: Input ``(..., in)``, of the dtype to compute in.
+        weight: Gives the frozen weight ``(out, in)`` in the dtype that it is called with.
+        bias: Frozen bias ``(out,)``.
+        lora_A: Factor ``(r, in)``, in any floating dtype.
+        lora_B: Factor ``(out, r)``.
+        scale: Factor of the update.
+        dropout: Share of the adapter's input to drop; 0 outside training.
+
+    Returns:
+        Output ``(..., out)`` in ``x``'s dtype.
+    """
+    if _needs_eager(x, lora_A, lora_B):
+        return _eager(x, weight(x.dtype), bias, lora_A, lora_B, scale, dropout)
+    seed = int(torch.randint(2**62, ())) if dropout > 0.0 and lora_A is not None else 0
+    return _LoRALinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout, seed)
+
+
+def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    """``y + scale * D(x) A^T B^T`` by plain operations, for a base that computes ``y`` in its own way."""
+    u = F.linear(F.dropout(x, dropout) if dropout > 0.0 else x, lora_A.to(x.dtype))
+    return y + scale * F.linear(u, lora_B.to(x.dtype))
+
+
+def dropout_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """The mask of ``seed``: a bool tensor, true with probability `keep_probability`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits: eight independent bytes
+    return (words.view(torch.uint8)[:count] >= _dropped(dropout)).view(shape)
+
+
+def keep_probability(dropout: float) -> float:
+    """The true share that is kept: dropout is rounded to 1/256."""
+    return 1.0 - _dropped(dropout) / 256
+
+
+def _dropped(dropout: float) -> int:
+    return min(max(round(256 * dropout), 1), 255) if dropout > 0.0 else 0
+
+
+def _needs_eager(*tensors: Tensor | None) -> bool:
+    """Whether plain operations are needed: `torch.compile`, `torch.func`, forward AD, tensor subclasses."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+    return False
+
+
+def _eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    y = F.linear(x, weight, _cast(bias, x.dtype))
+    if lora_A is None or lora_B is None:
+        return y
+    return add_lora(y, x, lora_A, lora_B, scale, dropout)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """The function of the module docstring. Without A it saves nothing at all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        weight: WeightOf,
+        bias: Tensor | None,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale, dropout, seed
+        ctx.device_type, ctx.leading = x.device.type, x.shape[:-1]
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
+            if lora_A is None or lora_B is None:
+                return y
+            x2 = x.reshape(-1, x.shape[-1])
+            u = _drop(ctx, x2) @ lora_A.to(x.dtype).t()
+            y2 = y.view(-1, y.shape[-1])
+            y2.addmm_(u, lora_B.to(x.dtype).t(), alpha=_scale(ctx))
+        ctx.save_for_backward(x, u, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 5
+        with torch.autocast(ctx.device_type, enabled=False):
+            if not ctx.saved_tensors:
+                return (dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None, None, None, *rest)
+            x, u, lora_A, lora_B = ctx.saved_tensors
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in turn
+                return (*_differentiable_backward(ctx, dy, x, lora_A, lora_B), *rest)
+            return (*_fused_backward(ctx, dy, x, u, lora_A, lora_B), *rest)
+
+
+def _fused_backward(
+    ctx: Any, dy: Tensor, x: Tensor, u: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_A, need_B = ctx.needs_input_grad[:3]
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    dx = dA = dB = None
+    if need_B:
+        dB = (u.t() @ dy2).t().mul(_scale(ctx)).to(lora_B.dtype)
+    if need_x or need_A:
+        v = (dy2 @ lora_B.to(dy.dtype)).mul_(_scale(ctx))
+    if need_A:
+        dA = (v.t() @ _drop(ctx, x.reshape(-1, x.shape[-1]))).to(lora_A.dtype)
+    if need_x:
+        dx2 = dy2 @ ctx.weight(dy.dtype)
+        if ctx.dropout > 0.0:
+            dx2.add_(_drop(ctx, v @ lora_A.to(dy.dtype)))
+        else:
+            dx2.addmm_(v, lora_A.to(dy.dtype))
+        dx = dx2.view(x.shape)
+    return dx, dA, dB
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients by operations that autograd can follow, from x, A, B and dy alone."""
+    A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    dy2, xd = dy.reshape(-1, dy.shape[-1]), _drop(ctx, x.reshape(-1, x.shape[-1]))
+    v = _scale(ctx) * (dy2 @ B)
+    dx2 = dy2 @ ctx.weight(dy.dtype) + _drop(ctx, v @ A)
+    dB = _scale(ctx) * (dy2.t() @ (xd @ A.t()))
+    return dx2.view(x.shape), (v.t() @ xd).to(lora_A.dtype), dB.to(lora_B.dtype)
+
+
+def _drop(ctx: FunctionCtx | Any, x2: Tensor) -> Tensor:
+    """``x2`` with dropped elements at zero; the division by the kept share is in `_scale`."""
+    if ctx.dropout == 0.0:
+        return x2
+    return x2 * dropout_mask(x2.shape, ctx.dropout, ctx.seed, x2.device)
+
+
+def _scale(ctx: FunctionCtx | Any) -> float:
+    return ctx.scale / keep_probability(ctx.dropout) if ctx.dropout > 0.0 else ctx.scale

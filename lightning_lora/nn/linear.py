@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LoRALinear`: a frozen linear layer with a low-rank update (Hu et al. 2021).
+
+                 x (..., in)
+                 |------------------.
+          W (out, in), frozen    A (r, in)     s = lora_alpha / r
+                 |               B (out, r)
+                 |------- + --------'
+                 y = x W^T + b + s D(x) A^T B^T
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import AdapterRecord, scaling
+from lightning_lora.nn.adapter import AdapterModule, KeepsDType, torch_dtype
+from lightning_lora.nn.functional import WeightOf, add_lora, lora_linear
+from lightning_lora.nn.quantized import PackedLinear, compute_dtype, output_dtype
+
+
+class LoRAAdapter(KeepsDType):
+    """The two factors, a module of their own so that sharding can treat them apart from the frozen base.
+
+    They are master weights: fp32 (or ``adapter_dtype``) whatever the model is cast to.
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, init: str, **factory: object) -> None:
+        super().__init__()
+        self.init = init
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, **factory))  # type: ignore[arg-type]
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, **factory))  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A as ``init`` says, B zero: the update starts at exactly zero."""
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"A={tuple(self.lora_A.shape)}, B={tuple(self.lora_B.shape)}, {self.lora_A.dtype}"
+
+
+class LoRALinear(AdapterModule):
+    """A frozen ``base_layer`` and the adapter that is added to its output.
+
+    Args:
+        base_layer: `torch.nn.Linear`, transformers' ``Conv1D`` or `PackedLinear`; frozen by the caller.
+        record: Shared by all modules of one `apply_lora`; its config gives dtype, dropout and start.
+        r: Rank.
+        lora_alpha: Numerator of the scale.
+    """
+
+    def __init__(self, base_layer: nn.Module, record: AdapterRecord, r: int, lora_alpha: float) -> None:
+        super().__init__(record)
+        config = record.config
+        self.base_layer = base_layer
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = config.lora_dropout
+        self.use_rslora = config.use_rslora
+        self.fan_in_fan_out = is_conv1d(base_layer) or getattr(base_layer, "fan_in_fan_out", False)
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.adapter = LoRAAdapter(
+            self.in_features,
+            self.out_features,
+            r,
+            config.init_lora_weights,
+            device=_device(base_layer),
+            dtype=torch_dtype(config.adapter_dtype),
+        )
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """``(r, in)``."""
+        return self.adapter.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """``(out, r)``."""
+        return self.adapter.lora_B
+
+    @property
+    def scaling(self) -> float:
+        """``lora_alpha / r``, or ``lora_alpha / sqrt(r)``; `strength` not included."""
+        return scaling(self.r, self.lora_alpha, self.use_rslora)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that looks at it (its dtype, say); without the update."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def trained_names(self) -> list[str]:
+        """``adapter.lora_A`` and ``adapter.lora_B``."""
+        return ["adapter.lora_A", "adapter.lora_B"]
+
+    def untrained(self) -> bool:
+        """Whether B is exactly zero."""
+        return not bool(self.lora_B.detach().any())
+
+    def base_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense (dequantized) frozen weight in the base layer's own layout, without gradient."""
+        if isinstance(self.base_layer, PackedLinear):
+            packed = self.base_layer.packed
+            return packed.dequantize(dtype or packed.source_dtype)
+        weight = self.weight.detach()
+        return weight if dtype is None else weight.to(dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``strength * scaling * B A`` in the base layer's own layout; computed in fp32 at least."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(self.scaling * self.strength)
+        return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(..., in)``; the output ``(..., out)`` has the dtype that the base layer would give it."""
+        base = self.base_layer
+        active = self.enabled and self.strength != 0.0
+        dropout = self.lora_dropout if self.training else 0.0
+        scale = self.scaling * self.strength
+        if isinstance(base, PackedLinear):
+            dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
+        elif _is_transparent(base):
+            dtype, weight = output_dtype(x), self._dense_matrix
+        else:  # a linear that computes in its own way, or carries hooks: its forward must run
+            y = base(x)
+            if not active:
+                return y
+            return add_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, scale, dropout)
+        A, B = (self.lora_A, self.lora_B) if active else (None, None)
+        return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout).to(output_dtype(x))  # type: ignore[arg-type]
+
+    def _dense_matrix(self, dtype: torch.dtype) -> Tensor:
+        weight = self.weight
+        # Without autocast a dtype that differs from the input's is the user's mistake and raises as in torch.
+        if torch.is_autocast_enabled(weight.device.type) or not torch.is_floating_point(weight):
+            weight = weight.to(dtype)
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:.4g}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``, a linear layer with its weight stored ``(in, out)``."""
+    utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: no such module can exist
+    return utils is not None and isinstance(module, utils.Conv1D)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(in_features, out_features)`` of anything that `LoRALinear` takes as its base."""
+    if is_conv1d(layer):
+        inn, out = layer.weight.shape  # type: ignore[misc]
+        return inn, out
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
+
+
+def _is_transparent(base: nn.Module) -> bool:
+    """Whether ``base`` is exactly ``x W^T + b``, frozen and without hooks, so that it may be computed here."""
+    forward = type(base).forward
+    plain = forward is nn.Linear.forward or (is_conv1d(base) and type(base).__name__ == "Conv1D")
+    # nn.Module has no public view of its hooks; `forward` on the instance is how accelerate hooks a module.
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+    trained = any(p.requires_grad for p in base.parameters(recurse=False))
+    return plain and not hooked and not trained
+
+
+__all__ = ["LoRAAdapter", "LoRALinear", "WeightOf", "is_conv1d", "linear_shape"]

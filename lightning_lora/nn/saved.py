@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SavedModule`: a module of ``modules_to_save``, trained in full beside its frozen original."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.config import AdapterRecord
+from lightning_lora.nn.adapter import AdapterModule
+
+
+class SavedModule(AdapterModule):
+    """Runs ``trained``, a copy of the user's module; switched off, the frozen ``original``.
+
+    A strength of lambda runs ``original + lambda (trained - original)``, parameter by parameter.
+
+    Args:
+        original: The user's module; frozen here.
+        record: Shared by all modules of one `apply_lora`.
+    """
+
+    def __init__(self, original: nn.Module, record: AdapterRecord) -> None:
+        super().__init__(record)
+        self.trained = copy.deepcopy(original).requires_grad_(True)
+        self.original = original.requires_grad_(False)
+
+    def trained_names(self) -> list[str]:
+        """The copy's parameters and persistent buffers (a BatchNorm's statistics move in training)."""
+        return [f"trained.{name}" for name in self.trained.state_dict()]
+
+    def untrained(self) -> bool:
+        """Whether the copy equals its original bit for bit."""
+        state = self.original.state_dict()
+        return all(torch.equal(value, state[name]) for name, value in self.trained.state_dict().items())
+
+    @property
+    def active(self) -> nn.Module:
+        """The module whose weights are in use."""
+        return self.trained if self.enabled and self.strength != 0.0 else self.original
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the user's module takes and gives."""
+        if not self.enabled or self.strength in (0.0, 1.0):
+            return self.active(*args, **kwargs)
+        frozen = dict(self.original.named_parameters())
+        mixed = {
+            name: torch.lerp(frozen[name], parameter, self.strength)
+            for name, parameter in self.trained.named_parameters()
+        }
+        return torch.func.functional_call(self.trained, mixed, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Code around the module reads its attributes: `lm_head.weight`, `embed_tokens.padding_idx`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "trained" not in modules or "original" not in modules:
+                raise
+            return getattr(self.active, name)
