@@ -2,13 +2,15 @@
 """LoRA and QLoRA for the Lightning Trainer you already have.
 
 Add the `LoRA` callback, keep your LightningModule, and see on every run what the model forgets. Names are
-imported when they are first used, so that ``import lightning_lora`` costs no more than Lightning does.
+imported when they are first used; ``import lightning_lora`` costs what Lightning itself does.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from lightning_lora.strategies import register_strategies
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -73,6 +75,10 @@ __all__ = [
     "save_adapter",
     "set_adapter_scale",
 ]
+
+
+# `Trainer(strategy="lora")` looks names up when it is made: they must be there by then.
+register_strategies()
 
 
 def __getattr__(name: str) -> Any:

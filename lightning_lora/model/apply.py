@@ -83,13 +83,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> ApplyReport:
     packed = set(targets.packed) if config.quantize != "none" else set()
     adapted = set(targets.adapted)
     for name in [n for n in paths if n in adapted or n in packed]:
-        base = model.get_submodule(name)
+        layer = original = model.get_submodule(name)
         if name in packed:
-            base = _pack(base, config)
+            layer = _pack(layer, config)
         if name in adapted:
-            base = LoRALinear(base, record, config.rank_for(name), config.alpha_for(name))
-        base.train(model.training)
-        _replace(model, paths[name], base)
+            layer = LoRALinear(layer, record, config.rank_for(name), config.alpha_for(name))
+        _replace(model, paths[name], layer.train(original.training))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ApplyReport(
         adapted=list(targets.adapted),
@@ -191,9 +190,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _key_problem(
-    missing: list[str], unknown: list[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> str:
+def _key_problem(missing: list[str], unknown: list[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     text = "the adapter does not fit the model:"
     if missing:
         near = difflib.get_close_matches(missing[0], list(state), n=1, cutoff=0.6)
@@ -209,9 +206,12 @@ def _key_problem(
 def _refuse_converted(model: nn.Module) -> None:
     if is_adapted(model):
         raise AlreadyAdaptedError(
-            "the model already carries adapters; start from a fresh base model, or load into this one with `load_adapter`"
+            "the model already carries adapters; start from a fresh base model, or load into this one with "
+            "`load_adapter`"
         )
-    sharded = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")]
+    sharded = [
+        name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")
+    ]
     if sharded or any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise UnsupportedError(
             f"the model is already sharded ({(sharded or ['FSDP'])[0]!r}): call `apply_lora(self, config)` in "

@@ -188,9 +188,7 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
     return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def _check_target_entries(
-    model: nn.Module, spec: str | list[str], prefix: str, linears: dict[str, nn.Module]
-) -> None:
+def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, linears: dict[str, nn.Module]) -> None:
     if isinstance(spec, str):
         return
     others = {name: m for name, m in model.named_modules() if name and name not in linears}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LoRALinear`: a frozen linear layer with a low-rank update (Hu et al. 2021).
 
-                 x (..., in)
-                 |------------------.
-          W (out, in), frozen    A (r, in)     s = lora_alpha / r
-                 |               B (out, r)
-                 |------- + --------'
-                 y = x W^T + b + s D(x) A^T B^T
+       x (..., in)
+       |------------------.
+W (out, in), frozen    A (r, in)     s = lora_alpha / r
+       |               B (out, r)
+       |------- + --------'
+       y = x W^T + b + s D(x) A^T B^T
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ class PackedWeight(KeepsDType):
         if quant_type not in ("nf4", "nf4-dq", "fp4", "int8"):
             raise QuantizationError(f"`quantize` must be nf4, nf4-dq, fp4 or int8, got {quant_type!r}")
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise QuantizationError(
-                f"only floating matrices are packed, got {tuple(weight.shape)} of {weight.dtype}"
-            )
+            raise QuantizationError(f"only floating matrices are packed, got {tuple(weight.shape)} of {weight.dtype}")
         self.quant_type = quant_type
         self.logical_shape = tuple(weight.shape)
         self.source_dtype = weight.dtype
@@ -84,9 +82,7 @@ class PackedWeight(KeepsDType):
             if self.quant_type == "int8":
                 scale = (self.absmax / 127).unsqueeze(1)
                 return torch.mul(self.codes, scale, out=torch.empty_like(self.codes, dtype=dtype))
-            return _dequantize_4bit(
-                self.codes, self._block_absmax(), self.quant_type[:3], self.logical_shape, dtype
-            )
+            return _dequantize_4bit(self.codes, self._block_absmax(), self.quant_type[:3], self.logical_shape, dtype)
 
     def _block_absmax(self) -> Tensor:
         if self.quant_type != "nf4-dq":
@@ -248,16 +244,12 @@ def _scaled_blocks(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return scaled.view(-1)[:count], absmax
 
 
-def _dequantize_4bit(
-    codes: Tensor, absmax: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def _dequantize_4bit(codes: Tensor, absmax: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # bitsandbytes' CPU kernel walks row by row: rows of whole blocks only; other dtypes go by torch.
     fits = shape[-1] % BLOCK == 0 and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if fits and codes.device.type != "meta" and not torch.compiler.is_compiling():
-        if bitsandbytes_functional() is not None:
-            return torch.ops.bitsandbytes.dequantize_4bit(
-                codes.view(-1, 1), absmax, BLOCK, kind, list(shape), dtype
-            )
+    usable = fits and codes.device.type != "meta" and not torch.compiler.is_compiling()
+    if usable and bitsandbytes_functional() is not None:
+        return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), absmax, BLOCK, kind, list(shape), dtype)
     return dequantize_4bit_reference(codes, absmax, kind, shape, dtype)
 
 

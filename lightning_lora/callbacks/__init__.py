@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks: thin hooks on top of the rest, one file each."""

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LoRA`: the callback that makes an ordinary LightningModule train adapters on a frozen base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+
+from lightning_lora.config import DTypeName, InitMode, LoRAConfig, MasterDTypeName, QuantizeMode
+from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
+from lightning_lora.io.adapter import load_adapter
+from lightning_lora.model.apply import ApplyReport, adapter_record, apply_lora
+from lightning_lora.model.gradients import GradientCheck
+from lightning_lora.model.optimizers import Succession, check_optimizers, repair_optimizers
+from lightning_lora.strategies import attach
+
+
+class LoRA(Callback):
+    """Quantizes the base, puts adapters on the chosen linears, freezes the rest and keeps checkpoints small.
+
+    The module is converted at the end of ``configure_model``, whether it was built there or in ``__init__``;
+    its optimizers are made to hold what is trained; every checkpoint, whoever writes it, holds adapters only.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LoRA(r=16, lora_alpha=32, quantize="nf4")])
+        trainer.fit(model, datamodule)
+
+    Args:
+        r: Rank of every adapter, the inner size of ``B A``.
+        lora_alpha: Numerator of the scale; the update is multiplied by ``lora_alpha / r``.
+        lora_dropout: Share of the adapter's input that is dropped in training, in [0, 1).
+        target_modules: Which linears to adapt: "all-linear" (all but the output head), a list of name
+            suffixes, or a regular expression that matches whole names.
+        exclude_modules: Name suffixes, or a regular expression, of modules to leave alone.
+        layers_to_transform: Indices of the blocks to adapt; all if null.
+        layers_pattern: Name of the block list that `layers_to_transform` counts, e.g. "layers".
+        modules_to_save: Name suffixes of modules that are trained in full and kept in checkpoints.
+        rank_pattern: Ranks for some modules, by name suffix or regular expression.
+        alpha_pattern: The same for `lora_alpha`.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
+        use_dora: Not built in this version; must be false.
+        init_lora_weights: Start of A, "kaiming" or "gaussian"; B is zero either way.
+        quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
+        compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.
+        adapter_dtype: Dtype of the master adapters, kept under every `precision`.
+        init_from: Adapter folder to start from (weights only; a checkpoint given to `fit` goes before it).
+
+    Raises:
+        ConfigError: An argument is out of its range.
+        UnsupportedError: The Trainer's strategy, precision plugin or callbacks do not go with it.
+        GradientError, OptimizerError: Adapters are in the model but would not learn.
+    """
+
+    def __init__(
+        self,
+        r: int = 16,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | None = None,
+        modules_to_save: list[str] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: InitMode = "kaiming",
+        quantize: QuantizeMode = "none",
+        compute_dtype: DTypeName = "auto",
+        adapter_dtype: MasterDTypeName = "fp32",
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = LoRAConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            modules_to_save=modules_to_save,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            init_lora_weights=init_lora_weights,
+            quantize=quantize,
+            compute_dtype=compute_dtype,
+            adapter_dtype=adapter_dtype,
+        )
+        self.init_from = init_from
+        self.report: ApplyReport | None = None
+        self._succession: Succession | None = None
+        self._gradients: GradientCheck | None = None
+        self._wrapped: dict[str, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arrange for conversion: the end of ``configure_model`` precedes both restore and optimizers."""
+        _refuse_company(self, trainer)
+        attach(trainer.strategy)
+        if self._wrapped:
+            return
+        configure_model, configure_optimizers = pl_module.configure_model, pl_module.configure_optimizers
+
+        # Plain closures: `functools.wraps` would make Lightning look through them and skip the call.
+        def converted() -> None:
+            configure_model()
+            self._convert(trainer, pl_module)
+
+        def repaired() -> Any:
+            result = configure_optimizers()
+            with _rank_zero_notices(trainer):
+                repair_optimizers(_optimizers_in(result), pl_module, self._succession)
+            return result
+
+        self._wrap(pl_module, "configure_model", converted)
+        self._wrap(pl_module, "configure_optimizers", repaired)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that the optimizers hold every adapter."""
+        check_optimizers(trainer.optimizers, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the first steps."""
+        self._gradients = GradientCheck(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """See that gradients reach the adapters."""
+        if self._gradients is None:
+            return
+        with _rank_zero_notices(trainer):
+            self._gradients.check({id(p) for group in optimizer.param_groups for p in group["params"]})
+        if self._gradients.done:
+            self._gradients = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the closures off the module, so that it can be pickled; the adapters stay."""
+        for name, before in self._wrapped.items():
+            if before is None:
+                vars(pl_module).pop(name, None)
+            else:
+                setattr(pl_module, name, before)
+        self._wrapped = {}
+        self._succession = None
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+
+    def _wrap(self, pl_module: pl.LightningModule, name: str, closure: Any) -> None:
+        self._wrapped[name] = vars(pl_module).get(name)
+        setattr(pl_module, name, closure)
+
+    def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record = adapter_record(pl_module)
+        if record is not None:
+            if record.config != self.config:
+                raise AlreadyAdaptedError(
+                    f"the module already carries adapters of another configuration: {record.config}; the callback "
+                    f"says {self.config}. Use the same in both places, or a fresh module"
+                )
+            return
+        self._succession = Succession(pl_module)
+        with _rank_zero_notices(trainer):
+            self.report = apply_lora(pl_module, self.config)
+        self._succession.converted(pl_module)
+        if self.init_from is not None:
+            load_adapter(pl_module, self.init_from)
+        rank_zero_info(_summary(self.report))
+
+
+def _refuse_company(callback: LoRA, trainer: pl.Trainer) -> None:
+    others = [c for c in trainer.callbacks if isinstance(c, LoRA)]  # type: ignore[attr-defined]
+    if len(others) > 1:
+        raise UnsupportedError(
+            f"the Trainer has {len(others)} `LoRA` callbacks; one model takes one, remove the others"
+        )
+    if callback.config.quantize != "none" and isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise UnsupportedError(
+            f"`BitsandbytesPrecision` and `LoRA(quantize={callback.config.quantize!r})` would both quantize the base: "
+            'remove the plugin, or set `quantize="none"`'
+        )
+    for other in trainer.callbacks[: trainer.callbacks.index(callback)]:  # type: ignore[attr-defined]
+        if isinstance(other, WeightAveraging):
+            raise UnsupportedError(
+                f"`{type(other).__name__}` stands before `LoRA` in `callbacks` and would average the model without "
+                "adapters: put `LoRA` first"
+            )
+
+
+def _optimizers_in(result: Any) -> list[Optimizer]:
+    """The optimizers in whatever ``configure_optimizers`` may return."""
+    if isinstance(result, Optimizer):
+        return [result]
+    if isinstance(result, dict):
+        return [result["optimizer"]]
+    if isinstance(result, list | tuple):
+        return [optimizer for item in result for optimizer in _optimizers_in(item)]
+    return []  # None, or a scheduler in the second list
+
+
+@contextmanager
+def _rank_zero_notices(trainer: pl.Trainer) -> Iterator[None]:
+    """Every rank would say the same."""
+    with warnings.catch_warnings():
+        if trainer.global_rank != 0:
+            warnings.simplefilter("ignore", Notice)
+        yield
+
+
+def _summary(report: ApplyReport) -> str:
+    share = 100 * report.trainable_params / max(report.logical_params, 1)
+    text = (
+        f"LoRA: {len(report.adapted)} linears adapted, {report.trainable_params:,} trainable parameters "
+        f"({share:.2f} % of {report.logical_params:,})"
+    )
+    if report.saved:
+        text += f", {len(report.saved)} modules trained in full"
+    if report.quantize != "none":
+        text += f"; base {report.base_bytes / 1e6:,.1f} MB -> {report.packed_bytes / 1e6:,.1f} MB ({report.quantize})"
+    return text

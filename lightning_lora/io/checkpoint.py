@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter-only checkpoints: what stands in their ``lightning_lora`` entry, and how they are read back.
+
+A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adapters and
+``modules_to_save`` only, and `KEY` holds primitives and tensors, so that it loads under torch's
+``weights_only=True``:
+
+    version       of this entry
+    config        `LoRAConfig` as a dict
+    targets       names of the adapted layers
+    saved         names of the modules trained in full
+    fingerprint   of the base before packing, or None
+    rng           one state of the random number generators a process (not in weights-only checkpoints)
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import (
+    AdapterMismatchError,
+    AlreadyAdaptedError,
+    BaseMismatchError,
+    CheckpointError,
+    Notice,
+)
+from lightning_lora.model.apply import (
+    adapter_modules,
+    adapter_record,
+    adapter_state_dict,
+    apply_lora,
+    is_adapted,
+    load_adapter_state,
+)
+from lightning_lora.model.inner import clean_name
+from lightning_lora.nn.saved import SavedModule
+
+KEY = "lightning_lora"
+VERSION = 1
+
+# Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean.
+_FREE_FIELDS = ("lora_dropout", "init_lora_weights", "compute_dtype")
+# Fields that choose modules: two spellings of the same choice are the same.
+_CHOOSING_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """The `KEY` entry for ``model``'s checkpoint, without random states.
+
+    Raises:
+        CheckpointError: The model has no adapters.
+    """
+    record = adapter_record(model)
+    if record is None:
+        raise CheckpointError("the model has no adapters; an adapter-only checkpoint would be empty")
+    names = [(clean_name(name), isinstance(module, SavedModule)) for name, module in adapter_modules(model)]
+    return {
+        "version": VERSION,
+        "config": record.config.to_dict(),
+        "targets": [name for name, saved in names if not saved],
+        "saved": [name for name, saved in names if saved],
+        "fingerprint": record.fingerprint,
+    }
+
+
+def load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    """Load a checkpoint's adapters into a converted model.
+
+    Also takes a full checkpoint whose ``state_dict`` holds the adapters among all other tensors.
+
+    Raises:
+        CheckpointError: The checkpoint holds no adapters, or is of a newer version.
+        AdapterMismatchError: Configuration, keys or shapes differ.
+        BaseMismatchError: The adapters were trained on another base.
+    """
+    state = checkpoint["state_dict"]
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        own = adapter_state_dict(model)
+        cleaned = {clean_name(name): tensor for name, tensor in state.items()}
+        if not any(name in cleaned for name in own):
+            raise CheckpointError(
+                "the checkpoint holds no adapters: it is of a run without LoRA. Load its weights into the module "
+                "before `fit` instead of passing it as `ckpt_path`"
+            )
+        load_adapter_state(model, cleaned, strict=False)
+        return
+    check_metadata(model, entry)
+    load_adapter_state(model, state, strict=strict)
+
+
+def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """See that ``model`` is converted as ``entry`` says, over the same base.
+
+    Raises:
+        CheckpointError: The entry is of a newer version.
+        AdapterMismatchError: The configuration differs; the fields are named.
+        BaseMismatchError: The fingerprint of the base differs.
+    """
+    if entry["version"] > VERSION:
+        raise CheckpointError(
+            f"the checkpoint's `{KEY}` entry is of version {entry['version']}, this package knows {VERSION}: update it"
+        )
+    own = metadata(model)
+    differing = {
+        name: (value, own["config"].get(name))
+        for name, value in entry["config"].items()
+        if name not in _FREE_FIELDS and own["config"].get(name) != value
+    }
+    if differing and (own["targets"] != entry["targets"] or own["saved"] != entry["saved"] or _scales(differing)):
+        told = ", ".join(f"{name}: checkpoint {a!r}, model {b!r}" for name, (a, b) in differing.items())
+        raise AdapterMismatchError(f"the checkpoint was made with another LoRA configuration ({told})")
+    compare_fingerprints(entry.get("fingerprint"), own["fingerprint"])
+
+
+def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
+    """See that two fingerprints are of the same base; a missing one is a notice.
+
+    Raises:
+        BaseMismatchError: They differ.
+    """
+    if expected is None or found is None or expected["version"] != found["version"]:
+        warnings.warn(
+            "the base model could not be compared with the one that the adapters were trained on: its fingerprint "
+            "is unknown (built on the meta device, or written by another version)",
+            Notice,
+            stacklevel=3,
+        )
+    elif expected["digest"] != found["digest"]:
+        raise BaseMismatchError(
+            f"the adapters were trained on another base: expected fingerprint {expected['digest'][:16]} over "
+            f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "
+            "same pretrained weights, in the same dtype, before the adapters"
+        )
+
+
+def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: Any) -> M:
+    """A LightningModule with its adapters from an adapter-only checkpoint.
+
+    The module is built by its class's own ``load_from_checkpoint`` (hyperparameters, ``configure_model``);
+    then it is converted as the checkpoint says and the adapters are loaded, strictly.
+
+    Args:
+        cls: The LightningModule's class. It must load its base weights itself, as in training.
+        path: The checkpoint file.
+        kwargs: For ``cls.load_from_checkpoint``: ``map_location``, ``hparams_file`` and hyperparameters.
+
+    Raises:
+        CheckpointError: The file holds no adapters of this package.
+        AlreadyAdaptedError: The module carries adapters of another configuration.
+        AdapterMismatchError, BaseMismatchError: The adapters do not fit.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if KEY not in checkpoint:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} holds no adapters of this package; load it with `{cls.__name__}.load_from_checkpoint`"
+        )
+    with warnings.catch_warnings():
+        # Of course keys are missing: the base is not in the file. What must be there is checked below.
+        warnings.filterwarnings("ignore", message="Found keys that are")
+        model = cls.load_from_checkpoint(path, strict=False, weights_only=True, **kwargs)  # type: ignore[attr-defined]
+    config = LoRAConfig.from_dict(checkpoint[KEY]["config"])
+    if not is_adapted(model):
+        apply_lora(model, config)
+    elif (record := adapter_record(model)) is not None and record.config != config:
+        raise AlreadyAdaptedError(
+            f"{cls.__name__} adapts itself with {record.config}, the checkpoint was made with {config}"
+        )
+    load_state(model, checkpoint)
+    return model

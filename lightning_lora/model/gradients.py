@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GradientCheck`: sees in the first optimizer steps whether the adapters learn at all.
+
+With B = 0 the gradient of A is zero at the first step and that of B is not; so B is what is looked at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import GradientError, Notice
+from lightning_lora.model.apply import adapter_modules
+from lightning_lora.nn.linear import LoRALinear
+
+PATIENCE = 5
+
+
+class GradientCheck:
+    """Watches which adapted layers are called in training, and judges their gradients before a step.
+
+    Args:
+        model: The converted model; hooks stay on it until the first step has been judged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {name: m for name, m in adapter_modules(model) if isinstance(m, LoRALinear)}
+        self._called: set[str] = set()
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._note, name)) for name, layer in self._layers.items()
+        ]
+        self._steps = 0
+        self._zero = dict.fromkeys(self._layers, 0)
+        self._non_finite = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether enough steps were seen."""
+        return self._steps >= PATIENCE
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def check(self, parameters: Collection[int]) -> None:
+        """Judge the gradients that an optimizer is about to use.
+
+        Args:
+            parameters: The ids of the optimizer's parameters.
+
+        Raises:
+            GradientError: A layer was called and its B has no gradient, or a zero one for `PATIENCE` steps.
+        """
+        layers = {name: m for name, m in self._layers.items() if id(m.lora_B) in parameters}
+        grads = {name: m.lora_B.grad for name, m in layers.items() if m.lora_B.grad is not None}
+        if not layers:
+            return
+        zero, finite = _judge(grads)
+        if not finite:
+            self._count_non_finite()
+            return  # a loss scaler skips this step: it is not taken
+        self._non_finite = 0
+        self._steps += 1
+        if self._steps == 1:
+            self.close()
+            self._check_none([name for name in layers if name in self._called and name not in grads])
+            self._say_never_called([name for name in layers if name not in self._called])
+            self._say_zero([name for name in zero if name in self._called])
+        for name in layers:
+            self._zero[name] = self._zero[name] + 1 if name in zero and name in self._called else 0
+        if self._steps == PATIENCE:
+            self._check_zero([name for name, count in self._zero.items() if count >= PATIENCE])
+
+    def _note(self, name: str, module: nn.Module, args: object) -> None:
+        if module.training:
+            self._called.add(name)
+
+    def _check_none(self, names: list[str]) -> None:
+        if names:
+            raise GradientError(
+                f"{len(names)} adapted layers were called but got no gradient at the first optimizer step, "
+                f"{names[0]!r} first. Causes seen: reentrant activation checkpointing whose input needs no gradient "
+                "(use `gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})`); "
+                "an output that was detached or computed under `no_grad`; an optimizer step before any backward"
+            )
+
+    def _say_never_called(self, names: list[str]) -> None:
+        if names:
+            warnings.warn(
+                f"{len(names)} adapted layers were not called before the first optimizer step, {names[0]!r} first: "
+                "unrouted experts, an unused branch, or a model whose kernel reads `.weight` directly and so passes "
+                "the adapter by; name them in `exclude_modules` if that is lasting",
+                Notice,
+                stacklevel=3,
+            )
+
+    def _say_zero(self, names: list[str]) -> None:
+        if names:
+            warnings.warn(
+                f"{len(names)} adapted layers have an all-zero gradient at the first step, {names[0]!r} first; a "
+                f"zero-initialised head behind them does it. It is an error if it lasts {PATIENCE} steps",
+                Notice,
+                stacklevel=3,
+            )
+
+    def _check_zero(self, names: list[str]) -> None:
+        if names:
+            raise GradientError(
+                f"{len(names)} adapted layers had an all-zero gradient for {PATIENCE} steps, {names[0]!r} first: "
+                "what comes behind them is zero or not connected to the loss; name them in `exclude_modules` or "
+                "train what follows them (`modules_to_save`)"
+            )
+
+    def _count_non_finite(self) -> None:
+        self._non_finite += 1
+        if self._non_finite == PATIENCE:
+            warnings.warn(
+                f"the gradients of the adapters were not finite for {PATIENCE} steps running: lower the learning "
+                "rate, or train in bf16 instead of fp16",
+                Notice,
+                stacklevel=3,
+            )
+
+
+def _judge(grads: dict[str, Tensor]) -> tuple[set[str], bool]:
+    """Names whose gradient is all zero, and whether all are finite; one transfer from the device."""
+    if not grads:
+        return set(), True
+    largest = torch.stack([g.detach().abs().amax().float().cpu() for g in grads.values()])
+    finite = bool(torch.isfinite(largest).all())
+    return {name for name, value in zip(grads, largest.tolist(), strict=True) if value == 0.0}, finite

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Succession`: adapters take the place of the weights that they adapt in optimizers built before them.
+
+LightningCLI builds its optimizer before conversion, and modules cache parameter lists in ``__init__``:
+such an optimizer holds only frozen or replaced weights and would train nothing, silently.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import Notice, OptimizerError
+from lightning_lora.model.apply import adapter_modules
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.saved import SavedModule
+
+
+class Succession:
+    """Remembers, over one conversion, which new parameter stands for which old one.
+
+    Old parameters are held weakly: a dense weight that was packed is freed unless an optimizer holds it.
+
+    Args:
+        model: The model before conversion.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = {name: weakref.ref(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        self._heirs: dict[int, tuple[weakref.ref, list[nn.Parameter]]] = {}
+
+    def converted(self, model: nn.Module) -> None:
+        """Note the heirs, once ``model`` carries its adapters."""
+        for name, module in adapter_modules(model):
+            if isinstance(module, LoRALinear):
+                self._add(f"{name}.weight", [module.lora_A, module.lora_B])
+            elif isinstance(module, SavedModule):
+                for own, parameter in module.trained.named_parameters():
+                    self._add(f"{name}.{own}", [parameter])
+        self._before = {}
+
+    def _add(self, name: str, heirs: list[nn.Parameter]) -> None:
+        reference = self._before.get(name)
+        old = reference() if reference is not None else None
+        if reference is not None and old is not None:
+            known = self._heirs.setdefault(id(old), (reference, []))
+            known[1].extend(heirs)
+
+    def heirs(self, old: nn.Parameter) -> list[nn.Parameter]:
+        """The parameters that stand for ``old`` now."""
+        reference, heirs = self._heirs.get(id(old), (None, []))
+        return heirs if reference is not None and reference() is old else []
+
+
+def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, succession: Succession | None = None) -> None:
+    """Make the optimizers hold exactly what ``model`` trains; groups and their settings stay.
+
+    Frozen and replaced parameters leave their groups; an adapter joins the group that held the weight it
+    adapts. What no group can be found for joins the first group of the first optimizer, with a notice.
+
+    Raises:
+        OptimizerError: An optimizer that would have to change has already taken steps.
+    """
+    optimizers = list(optimizers)
+    trainable = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    placed = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    inherited: list[str] = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept: list[nn.Parameter] = []
+            for old in group["params"]:
+                if id(old) in trainable:
+                    kept.append(old)
+                    continue
+                heirs = succession.heirs(old) if succession is not None else []
+                heirs = [p for p in heirs if id(p) in trainable and id(p) not in placed]
+                placed.update(map(id, heirs))
+                inherited.extend(trainable[id(p)][0] for p in heirs)
+                kept.extend(heirs)
+            _replace(optimizer, group, kept)
+    missing = [(name, p) for key, (name, p) in trainable.items() if key not in placed]
+    if missing and optimizers:
+        first = optimizers[0].param_groups[0]
+        _replace(optimizers[0], first, [*first["params"], *(p for _, p in missing)])
+    if inherited or (missing and optimizers):
+        _say(inherited, [name for name, _ in missing], type(optimizers[0]).__name__)
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """See that every trainable parameter of the adapters is in some optimizer.
+
+    Raises:
+        OptimizerError: Some are not, with their names.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = [
+        f"{name}.{own}"
+        for name, module in adapter_modules(model)
+        for own, p in module.named_parameters()
+        if p.requires_grad and id(p) not in held
+    ]
+    if lost:
+        raise OptimizerError(
+            f"{len(lost)} adapter parameters are in no optimizer and would never be trained, {lost[0]!r} first: "
+            "return an optimizer over `self.parameters()` from `configure_optimizers`"
+        )
+
+
+def _replace(optimizer: Optimizer, group: dict, parameters: list[nn.Parameter]) -> None:
+    old = group["params"]
+    if len(old) == len(parameters) and all(a is b for a, b in zip(old, parameters, strict=True)):
+        return
+    if any(p in optimizer.state for p in old):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has already taken steps on parameters that are frozen now: build the "
+            "optimizer in `configure_optimizers`, after the adapters are in the model"
+        )
+    group["params"] = parameters
+
+
+def _say(inherited: list[str], missing: list[str], optimizer: str) -> None:
+    text = f"{optimizer} was built before the adapters were in the model: "
+    if inherited:
+        text += f"{len(inherited)} adapter parameters took the place of the weights they adapt"
+    if missing:
+        joined = f"{len(missing)} trainable parameters, {missing[0]!r} first, joined its first group"
+        text += f"{', and ' if inherited else ''}{joined}"
+    warnings.warn(text, Notice, stacklevel=3)
