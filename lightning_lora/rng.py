@@ -30,16 +30,16 @@ class RNGState:
     def capture(cls) -> RNGState:
         """The state now."""
         version, internal, gauss = random.getstate()
-        name, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
+        drawn = np.random.get_state(legacy=False)
+        mt19937 = drawn["state"]
         in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
         return cls(
             python=[version, list(internal), gauss],
             numpy={
-                "name": str(name),
-                "keys": torch.from_numpy(keys.astype(np.int64)),
-                "pos": int(pos),
-                "has_gauss": int(has_gauss),
-                "cached": float(cached),
+                "keys": torch.from_numpy(mt19937["key"].astype(np.int64)),
+                "pos": int(mt19937["pos"]),
+                "has_gauss": int(drawn["has_gauss"]),
+                "cached": float(drawn["gauss"]),
             },
             torch_cpu=torch.get_rng_state(),
             torch_cuda=torch.cuda.get_rng_state() if in_use else None,
@@ -50,9 +50,7 @@ class RNGState:
         version, internal, gauss = self.python
         random.setstate((version, tuple(internal), gauss))
         keys = self.numpy["keys"].numpy().astype(np.uint32)
-        np.random.set_state(
-            (self.numpy["name"], keys, self.numpy["pos"], self.numpy["has_gauss"], self.numpy["cached"])
-        )
+        np.random.set_state(("MT19937", keys, self.numpy["pos"], self.numpy["has_gauss"], self.numpy["cached"]))
         torch.set_rng_state(self.torch_cpu.cpu())
         if self.torch_cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.torch_cuda.cpu())

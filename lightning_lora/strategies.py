@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ from lightning_lora.rng import RNGState
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own format; a local file is written beside its target, synced and renamed over it."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint``; a process killed at any moment leaves the old file or the new one."""
         if storage_options is not None or "://" in os.fspath(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,6 +46,10 @@ class AdapterStateMixin(Strategy):
     before the loader's iterator is made where the next thing is a new epoch (it draws the order), and after
     every ``on_train_start`` hook where the cut was inside one (the iterator stands already).
     """
+
+    # Lightning's strategies have these, though their common base does not declare them.
+    world_size: int
+    global_rank: int
 
     _resumed: dict[str, Any] | None = None
     _at_train_end: dict[str, Any] | None = None
@@ -75,7 +78,7 @@ class AdapterStateMixin(Strategy):
         load_state(self._converted_module(), checkpoint, strict=strict)
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Add the ``lightning_lora`` entry and write; called on every rank."""
         entry = metadata(self._converted_module())

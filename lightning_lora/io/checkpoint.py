@@ -122,7 +122,8 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
         for name, value in entry["config"].items()
         if name not in _FREE_FIELDS and own["config"].get(name) != value
     }
-    if differing and (own["targets"] != entry["targets"] or own["saved"] != entry["saved"] or _scales(differing)):
+    same_choice = own["targets"] == entry["targets"] and own["saved"] == entry["saved"]
+    if not same_choice or any(name not in _CHOOSING_FIELDS for name in differing):
         told = ", ".join(f"{name}: checkpoint {a!r}, model {b!r}" for name, (a, b) in differing.items())
         raise AdapterMismatchError(f"the checkpoint was made with another LoRA configuration ({told})")
     compare_fingerprints(entry.get("fingerprint"), own["fingerprint"])

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
 WeightOf = Callable[[torch.dtype], Tensor]
 
@@ -196,12 +195,12 @@ def _differentiable_backward(
     return dx2.view(x.shape), (v.t() @ xd).to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def _drop(ctx: FunctionCtx | Any, x2: Tensor) -> Tensor:
+def _drop(ctx: Any, x2: Tensor) -> Tensor:
     """``x2`` with dropped elements at zero; the division by the kept share is in `_scale`."""
     if ctx.dropout == 0.0:
         return x2
     return x2 * dropout_mask(x2.shape, ctx.dropout, ctx.seed, x2.device)
 
 
-def _scale(ctx: FunctionCtx | Any) -> float:
+def _scale(ctx: Any) -> float:
     return ctx.scale / keep_probability(ctx.dropout) if ctx.dropout > 0.0 else ctx.scale

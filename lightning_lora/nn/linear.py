@@ -29,11 +29,13 @@ class LoRAAdapter(KeepsDType):
     They are master weights: fp32 (or ``adapter_dtype``) whatever the model is cast to.
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, init: str, **factory: object) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, r: int, init: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.init = init
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **factory))  # type: ignore[arg-type]
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **factory))  # type: ignore[arg-type]
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
