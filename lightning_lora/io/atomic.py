@@ -49,9 +49,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield part
         if not part.exists():
-            raise CheckpointError(
-                f"nothing was written for {target}: write to the path that the block was given."
-            )
+            raise CheckpointError(f"nothing was written for {target}: write to the path that the block was given.")
         _sync(part)
         os.replace(part, target)
         _sync(target.parent)
@@ -125,9 +123,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
     if target.exists() or not target.parent.is_dir():
         return False
     asides = [(p, _writer(p.name, _OLD)) for p in target.parent.iterdir()]
-    abandoned = [
-        p for p, writer in asides if writer and writer.target == target.name and not _is_alive(writer)
-    ]
+    abandoned = [p for p, writer in asides if writer and writer.target == target.name and not _is_alive(writer)]
     if not abandoned:
         return False
     newest = max(abandoned, key=lambda p: p.stat().st_mtime_ns)

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter folders in PEFT's layout: `save_adapter` and `load_adapter`.
+
+::
+
+    folder/adapter_config.json         PEFT's LoraConfig: which modules, rank, scale
+    folder/adapter_model.safetensors   base_model.model.<name>.lora_A.weight   (r, in)
+                                       base_model.model.<name>.lora_B.weight   (out, r)
+                                       base_model.model.<name of a saved module>.<its own names>
+    folder/lightning_lora.json         ours: version, configuration, fingerprint of the base
+
+where <name> is the module's name inside the transformers model.
+
+Every kind of adapter is one row of `KINDS`. The folder is written as a whole, read back and compared with the
+live model before it appears under its name. Nothing but these three files is ever read, and no pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_lora.config import AdapterRecord
+from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
+from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.conversion import config_for
+from lightning_lora.io.folder import (
+    CONFIG,
+    PREFIX,
+    RECORD,
+    WEIGHTS,
+    AdapterFolder,
+    compare_shapes,
+    package_version,
+)
+from lightning_lora.io.names import (
+    adapter_root,
+    clean,
+    inside,
+    named_adapters,
+    plain_modules,
+    task_type,
+    unwrap,
+)
+from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
+from lightning_lora.model.apply import (
+    adapter_modules,
+    adapter_record,
+    apply_lora,
+    is_adapted,
+    load_adapter_state,
+)
+from lightning_lora.model.inner import clean_name, inner_model
+from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.saved import SavedModule
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What `save_adapter` wrote.
+
+    Args:
+        path: The folder.
+        tensors: Number of tensors.
+        nbytes: Size of the tensors [bytes].
+        delta_error: Largest relative difference of a layer's update to the live one; 0 unless cast.
+    """
+
+    path: Path
+    tensors: int
+    nbytes: int
+    delta_error: float
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """How one kind of adapter stands in the file: its keys there, by the names of `trained_names` here."""
+
+    module: type[AdapterModule]
+    file_name: Callable[[str], str]  # name inside the adapter module -> name in the file
+    tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
+
+
+def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
+    return {"adapter.lora_A": module.lora_A, "adapter.lora_B": module.lora_B}[name].detach()
+
+
+def _saved_tensor(module: SavedModule, name: str) -> Tensor:
+    own = name.removeprefix("trained.")
+    trained, original = module.trained.state_dict()[own], module.original.state_dict()[own]
+    if module.strength == 1.0 or own not in dict(module.trained.named_parameters()):
+        return trained
+    return torch.lerp(original, trained, module.strength)
+
+
+#: One row for every kind; who adds an adapter kind adds its row.
+KINDS = (
+    AdapterKind(LoRALinear, lambda name: name.removeprefix("adapter.") + ".weight", _lora_tensor),
+    AdapterKind(SavedModule, lambda name: name.removeprefix("trained."), _saved_tensor),
+)
+
+
+def save_adapter(
+    model: nn.Module, dir: str | os.PathLike[str], layout: str = "peft", dtype: str | None = None
+) -> SavedAdapter:
+    """Write the adapters of `model` as a folder that PEFT loads over the same base.
+
+    Names are those inside the transformers model, whatever attribute holds it; of the whole module where
+    there is none, or where adapters lie outside it. A strength that `set_adapter_scale` set is part of the
+    written ``lora_alpha``.
+
+    Args:
+        model: A converted model, or a LightningModule around one.
+        dir: The folder. What stands there is replaced as a whole.
+        layout: "peft". "portable" is not built in this version.
+        dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null.
+
+    Raises:
+        UnsupportedError: Another layout, or a choice of modules that PEFT's format cannot express.
+        AdapterMismatchError: The model has no adapters.
+        MergeError: What was read back differs from the live model.
+    """
+    if layout != "peft":
+        raise UnsupportedError(f'`layout` {layout!r} is not built in this version; use layout="peft"')
+    model = unwrap(model)
+    config, tensors = _contents(model, None if dtype is None else torch_dtype(dtype))
+    record = adapter_record(model)
+    with atomic_folder(dir) as part:
+        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (part / RECORD).write_text(json.dumps(_record_entry(model, record), indent=2) + "\n")
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "lightning_lora": package_version()})
+        error = _check_written(model, part, exact=dtype is None)
+    return SavedAdapter(Path(dir), len(tensors), sum(t.nbytes for t in tensors.values()), error)
+
+
+def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
+    """Load an adapter folder, PEFT's or ours, into `model`, in place.
+
+    A plain model is converted first as the folder's configuration says (a folder of ours may name a
+    quantization); a converted one must have the same adapters. Nothing is changed unless all fits.
+
+    Args:
+        model: A transformers model, any module, or a LightningModule around one.
+        dir: The folder.
+
+    Raises:
+        CheckpointError: No adapter folder, or one that cannot be read.
+        AdapterMismatchError: Keys, shapes or scales do not fit; the nearest names are given.
+        BaseMismatchError: The folder names another base than this model.
+        UnsupportedError: The folder uses a method that is not built.
+    """
+    model = unwrap(model)
+    folder = AdapterFolder.open(dir)
+    folder.check_base(model)
+    if is_adapted(model):
+        _check_scales(model, folder)
+        compare_shapes(_expected(model), folder.shapes(), folder.path)
+    else:
+        apply_lora(model, config_for(model, folder))
+    state = {}
+    tensors = folder.tensors()
+    for key, raw, _ in _entries(model):
+        state[clean_name(raw)] = tensors[key]
+    load_adapter_state(model, state)
+
+
+def peft_config(model: nn.Module) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a converted model, checked by PEFT's own rules of matching.
+
+    Args:
+        model: A converted model.
+
+    Raises:
+        AdapterMismatchError: The model has no adapters.
+        UnsupportedError: PEFT's format cannot express the choice of modules.
+        ConfigError: The adapters are switched off or turned around by a strength of zero or below.
+    """
+    record = adapter_record(model)
+    if record is None:
+        raise AdapterMismatchError("the model has no adapters to write; call `apply_lora` or add the `LoRA` callback")
+    prefix, root = adapter_root(model)
+    adapted, saved = {}, []
+    for name, module in named_adapters(model):
+        if isinstance(module, LoRALinear):
+            adapted[name] = Scale(module.r, _plain_number(module.lora_alpha * _strength(module)))
+        else:
+            saved.append(name)
+    config = record.config
+    hint = Spec.from_json(dataclasses.asdict(config))
+    spec = shortest_spec(list(plain_modules(root)), adapted, saved, hint)
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type(root, saved),
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": config.lora_dropout,
+        "fan_in_fan_out": any(m.fan_in_fan_out for _, m in named_adapters(model) if isinstance(m, LoRALinear)),
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
+        **dataclasses.asdict(spec),
+    }
+
+
+def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a folder."""
+    config = peft_config(model)
+    if adapter_root(model)[0] != inner_model(model)[0]:
+        warnings.warn(
+            "adapters lie outside the transformers model: the folder's names are those of the whole module, "
+            "and PEFT loads it over that",
+            Notice,
+            stacklevel=3,
+        )
+    tensors = {}
+    for key, raw, tensor in _entries(model):
+        if type(tensor).__name__ == "DTensor" or tensor.is_meta:
+            raise UnsupportedError(f"{raw!r} is sharded or on the meta device: adapters are written from whole tensors")
+        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        tensors[key] = cast.detach().cpu().contiguous().clone()
+    return config, tensors
+
+
+def _entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(key in the file, name in the model, live tensor) of everything that adapters train."""
+    prefix, _ = adapter_root(model)
+    for raw, module in adapter_modules(model):
+        kind = next((k for k in KINDS if isinstance(module, k.module)), None)
+        if kind is None:
+            raise UnsupportedError(f"{raw!r}: a {type(module).__name__} has no place in an adapter file yet")
+        name = clean(inside(raw, prefix))
+        for own in module.trained_names():
+            key = ".".join(part for part in (name, kind.file_name(own)) if part)
+            yield PREFIX + key, f"{raw}.{own}" if raw else own, kind.tensor(module, own)
+
+
+def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, _, tensor in _entries(model)}
+
+
+def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, Any]:
+    """``lightning_lora.json``: what PEFT's file has no place for."""
+    inner = adapter_root(model)[0] == inner_model(model)[0]
+    return {
+        "version": package_version(),
+        "layout": "peft",
+        "names": "inner" if inner else "module",
+        "config": record.config.to_dict() if record else None,
+        "fingerprint": record.fingerprint if record else None,
+        "strength": next((m.strength for _, m in adapter_modules(model)), 1.0),
+    }
+
+
+def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
+    """Read a folder back as PEFT would and compare it with the live model; the largest relative error."""
+    folder = AdapterFolder.open(part)
+    tensors = folder.tensors()
+    worst = 0.0
+    for key, raw, live in _entries(model):
+        written = tensors[key]
+        if exact and not _same_bits(written, live.cpu()):
+            raise MergeError(f"{raw!r} was read back with other values than were written: is the disk full or broken?")
+    for name, module in named_adapters(model):
+        if not isinstance(module, LoRALinear):
+            continue
+        scale = folder.scale(name)
+        if abs(scale - module.scaling * module.strength) > 1e-9 * abs(scale):
+            raise MergeError(f"{name!r}: the written scale {scale} is not the live {module.scaling * module.strength}")
+        if not exact:
+            A, B = (tensors[f"{PREFIX}{name}.lora_{x}.weight"].float() for x in "AB")
+            delta = B @ A * scale
+            live = (module.delta_weight().t() if module.fan_in_fan_out else module.delta_weight()).cpu()
+            worst = max(worst, float((delta - live).norm() / live.norm().clamp(min=1e-30)))
+    return worst
+
+
+def _check_scales(model: nn.Module, folder: AdapterFolder) -> None:
+    """Refuse a folder whose scale differs from the live adapters', and say when the packing does."""
+    for name, module in named_adapters(model):
+        if isinstance(module, LoRALinear) and abs(folder.scale(name) - module.scaling) > 1e-9 * module.scaling:
+            raise AdapterMismatchError(
+                f"{folder.path}: {name!r} is scaled by {folder.scale(name):.6g} there and by "
+                f"{module.scaling:.6g} in the model: convert it with the same `r`, `lora_alpha` and `use_rslora`"
+            )
+    record = adapter_record(model)
+    trained = (folder.record.get("config") or {}).get("quantize")
+    if record is not None and trained is not None and trained != record.config.quantize:
+        warnings.warn(
+            f"the adapter in {folder.path} was trained over a base packed as {trained!r}, this one is "
+            f"{record.config.quantize!r}: its outputs will differ a little",
+            Notice,
+            stacklevel=3,
+        )
+
+
+def _strength(module: AdapterModule) -> float:
+    if module.strength <= 0:
+        raise ConfigError(
+            f"the adapters' strength is {module.strength}: an adapter file needs one above zero; "
+            "call `set_adapter_scale(model, 1.0)` first"
+        )
+    return module.strength
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of every bit: a run that diverged to nan is written as it is."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _plain_number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)

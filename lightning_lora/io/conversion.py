@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an adapter folder to the `LoRAConfig` that converts a plain model to exactly what the folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, ConfigError, Notice
+from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, compare_shapes
+from lightning_lora.io.names import clean, inside, outermost, plain_modules
+from lightning_lora.io.peft_rules import Spec
+from lightning_lora.model.inner import clean_name
+from lightning_lora.model.targets import find_targets, is_adaptable
+from lightning_lora.nn.linear import linear_shape
+
+
+def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
+    """The configuration that converts a plain `model` to exactly what the folder holds.
+
+    PEFT's rules say which modules are meant; where the engine's reading of the same words differs, or a
+    pattern is anchored at the transformers model's root, names are written out.
+    """
+    prefix, root = folder.root(model)
+    modules = plain_modules(root)
+    saved = outermost([name for name in modules if folder.spec.saves(name)])
+    config = _written_config(folder, saved)
+    if folder.spec.target_modules == "all-linear":
+        adapted = [clean(inside(name, prefix)) for name in find_targets(model, config).adapted]
+    else:
+        try:
+            adapted = [name for name, m in modules.items() if folder.spec.targets(name) and is_adaptable(m)]
+        except re.error as error:
+            raise CheckpointError(
+                f"{folder.path / CONFIG} has a pattern that is no regular expression: {error}"
+            ) from error
+    compare_shapes(_shapes_for(modules, adapted, saved, folder), folder.shapes(), folder.path)
+    full = {name: f"{prefix}.{name}" if prefix else name for name in [*adapted, *saved]}
+    return _fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
+
+
+def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
+    """Our configuration from the folder's record, or one made of PEFT's words."""
+    path = folder.path
+    own = folder.record.get("config")
+    if own:
+        try:
+            return LoRAConfig.from_dict(own)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{path / RECORD}: {error}; it may be of a newer version") from error
+    spec = folder.spec
+    pattern = spec.layers_pattern
+    return LoRAConfig(
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=folder.config.get("lora_dropout") or 0.0,
+        target_modules=spec.target_modules,
+        exclude_modules=spec.exclude_modules or None,
+        layers_to_transform=spec.layers_to_transform if spec.layers_to_transform != [] else None,
+        layers_pattern=pattern if isinstance(pattern, str) and spec.layers_to_transform else None,
+        modules_to_save=saved or None,  # PEFT's entries may match nothing, or without a dot
+        use_rslora=bool(folder.config.get("use_rslora")),
+    )
+
+
+def _fit(
+    model: nn.Module, config: LoRAConfig, spec: Spec, adapted: dict[str, str], saved: dict[str, str]
+) -> LoRAConfig:
+    """Write names out in `config` wherever its words do not give exactly these modules, ranks and scales."""
+    if any(config.rank_for(full) != spec.rank(name) for name, full in adapted.items()):
+        ranks = {f"^{re.escape(full)}": spec.rank(name) for name, full in adapted.items()}
+        config = dataclasses.replace(config, r=spec.r, rank_pattern=ranks)
+    if any(config.alpha_for(full) != spec.alpha(name) for name, full in adapted.items()):
+        alphas = {f"^{re.escape(full)}": spec.alpha(name) for name, full in adapted.items()}
+        config = dataclasses.replace(config, lora_alpha=spec.lora_alpha, alpha_pattern=alphas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        found = find_targets(model, config)
+    if {clean_name(n) for n in found.saved} != {clean_name(n) for n in saved.values()}:
+        config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None)
+    if {clean_name(n) for n in found.adapted} != {clean_name(n) for n in adapted.values()}:
+        names = "|".join(re.escape(full) for full in adapted.values())
+        config = dataclasses.replace(
+            config, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
+    return config
+
+
+def _shapes_for(
+    modules: Mapping[str, nn.Module], adapted: list[str], saved: list[str], folder: AdapterFolder
+) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor that a folder must hold for a plain model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in adapted:
+        inn, out = linear_shape(modules[name])
+        r = folder.spec.rank(name)
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = (r, inn)
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = (out, r)
+    for name in saved:
+        for own, tensor in modules[name].state_dict().items():
+            shapes[f"{PREFIX}{name}.{own}"] = tuple(tensor.shape)
+    return shapes

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdapterFolder`: an adapter folder on disk, PEFT's or ours, read without trusting it.
+
+Only the three files below are opened, by these names; no path that stands inside one is followed, and no
+pickle is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.config import scaling
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError
+from lightning_lora.io.atomic import recover
+from lightning_lora.io.peft_rules import Spec, refuse_unbuilt
+from lightning_lora.model.apply import adapter_record
+from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.inner import inner_model
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
+PREFIX = "base_model.model."  # before every key
+
+
+class AdapterFolder:
+    """An adapter folder that was read and found to be one this version can load.
+
+    Args:
+        path: The folder.
+        config: Its ``adapter_config.json``.
+        record: Its ``lightning_lora.json``; empty for a folder of PEFT's.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any]) -> None:
+        self.path, self.config, self.record = path, config, record
+        self.spec = Spec.from_json(config)
+
+    @classmethod
+    def open(cls, dir: str | os.PathLike[str]) -> AdapterFolder:
+        """Read the two JSON files of a folder.
+
+        Raises:
+            CheckpointError: The folder, or what must be in it, is missing or unreadable.
+            UnsupportedError: The folder uses a method that is not built.
+        """
+        path = Path(dir)
+        recover(path)
+        if not path.is_dir():
+            raise CheckpointError(f"there is no adapter folder at {path}")
+        config = _read_json(path / CONFIG)
+        refuse_unbuilt(config, str(path / CONFIG))
+        if not (path / WEIGHTS).is_file():
+            pickled = (path / "adapter_model.bin").exists()
+            hint = "; its .bin is a pickle, which is not opened: save it again as safetensors" if pickled else ""
+            raise CheckpointError(f"{path} has no {WEIGHTS}{hint}")
+        record = _read_json(path / RECORD) if (path / RECORD).exists() else {}
+        return cls(path, config, record)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the folder, on the CPU."""
+        with self._open() as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, without reading them."""
+        with self._open() as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    def root(self, model: nn.Module) -> tuple[str, nn.Module]:
+        """Where in a plain `model` the folder's names begin."""
+        return ("", model) if self.record.get("names") == "module" else inner_model(model)
+
+    def scale(self, name: str) -> float:
+        """The factor of ``B A`` that PEFT gives the module called `name`."""
+        return scaling(self.spec.rank(name), self.spec.alpha(name), bool(self.config.get("use_rslora")))
+
+    def check_base(self, model: nn.Module) -> None:
+        """Compare the fingerprint of `model`'s base with the one that the folder names.
+
+        Raises:
+            BaseMismatchError: They differ.
+        """
+        expected = self.record.get("fingerprint")
+        record = adapter_record(model)
+        actual = record.fingerprint if record else fingerprint(model)
+        if expected and actual and expected != actual:
+            name = self.config.get("base_model_name_or_path") or "of unknown name"
+            wanted, got = (str(value.get("digest"))[:12] for value in (expected, actual))
+            raise BaseMismatchError(
+                f"the adapter in {self.path} was trained on the base {name!r} with fingerprint {wanted}..., "
+                f"this model's is {got}...: "
+                "load the base it was trained on, in the same dtype"
+            )
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self.path / WEIGHTS, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path / WEIGHTS} is no whole safetensors file: {error}") from error
+
+
+def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse a folder whose keys or shapes are not the expected ones, with the nearest names."""
+    missing = [key for key in expected if key not in actual]
+    unknown = [key for key in actual if key not in expected]
+    text = ""
+    if missing:
+        near = difflib.get_close_matches(missing[0], unknown or list(actual), n=1)
+        text += f" {len(missing)} of {len(expected)} tensors are missing, first {missing[0]!r}" + _near(near, "there")
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], missing or list(expected), n=1)
+        text += f" {len(unknown)} are unknown to the model, first {unknown[0]!r}" + _near(near, "in the model")
+    if text:
+        raise AdapterMismatchError(f"{path} does not fit the model:{text}. Is it the base it was trained on?")
+    for key, shape in expected.items():
+        if actual[key] != shape:
+            raise AdapterMismatchError(
+                f"{path}: {key!r} has shape {actual[key]}, the model needs {shape}: another rank or base"
+            )
+
+
+def _near(names: list[str], where: str) -> str:
+    return f" (nearest {where}: {names[0]!r});" if names else ";"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no adapter folder: it has no {path.name}")
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def package_version() -> str:
+    """The installed version of this package, for the metadata of files."""
+    try:
+        return importlib.metadata.version("lightning-lora")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names in adapter files: those of the plain transformers model, before wrappers and conversion."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.inner import clean_name, inner_model, is_hf_model
+from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.nn.quantized import PackedLinear
+from lightning_lora.nn.saved import SavedModule
+
+
+def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """Where the names of adapter files begin: the transformers model, if every adapter lies inside it."""
+    prefix, root = inner_model(model)
+    outside = [name for name, _ in adapter_modules(model) if prefix and not name.startswith(f"{prefix}.")]
+    return ("", model) if outside else (prefix, root)
+
+
+def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a converted model by the names that the model had before, the root left out."""
+    found: dict[str, nn.Module] = {}
+    replaced: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        owner = next((o for o in _parents(name) if o in replaced), None)
+        if owner is not None:
+            if not isinstance(replaced[owner], SavedModule) or not name.startswith(f"{owner}.original."):
+                continue
+            name = owner + name.removeprefix(f"{owner}.original")
+        elif isinstance(module, AdapterModule | PackedLinear):
+            replaced[name] = module
+        if name:
+            found.setdefault(clean(name), module)
+    return found
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """Adapter modules by the names that adapter files use."""
+    prefix, _ = adapter_root(model)
+    for raw, module in adapter_modules(model):
+        yield clean(inside(raw, prefix)), module
+
+
+def task_type(root: nn.Module, saved: list[str]) -> str | None:
+    """PEFT's task type of a transformers model; None where PEFT would look for a head that is not kept."""
+    auto = sys.modules.get("transformers.models.auto.modeling_auto")
+    if not is_hf_model(root) or auto is None:
+        return None
+    tables = {
+        "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    }
+    names = {cls.__name__ for cls in type(root).__mro__}
+    task = next((t for t, table in tables.items() if names & set(getattr(auto, table, {}).values())), None)
+    # With these types PEFT keeps every module of these names in full, and looks for them in the file.
+    heads = {
+        "SEQ_CLS": ("classifier", "score"),
+        "TOKEN_CLS": ("classifier", "score"),
+        "QUESTION_ANS": ("qa_outputs",),
+    }
+    for name in plain_modules(root):
+        if name.endswith(heads.get(task or "", ("\0",))) and name not in saved:
+            return None
+    return task
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a DDP wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def clean(name: str) -> str:
+    """`name` without wrappers' parts; the leading part guards a user's own attribute called "module"."""
+    return clean_name(f"root.{name}").removeprefix("root.") if name else ""
+
+
+def inside(name: str, prefix: str) -> str:
+    """`name` as seen from the module called `prefix`."""
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        yield ".".join(parts[:count])
+
+
+def outermost(names: list[str]) -> list[str]:
+    """`names` without those below another one."""
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
