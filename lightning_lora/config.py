@@ -79,14 +79,17 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}")
+        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"`lora_dropout` must be a number in [0, 1), got {self.lora_dropout!r}")
+        _check_names("target_modules", self.target_modules, str, list)
+        _check_names("exclude_modules", self.exclude_modules, str, list, None)
+        _check_names("modules_to_save", self.modules_to_save, list, None)
         if not self.target_modules:
             raise ConfigError(
                 f"`target_modules` must name something, got {self.target_modules!r}; "
                 'use "all-linear", a list of name suffixes or a regular expression'
             )
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_regex(name, getattr(self, name))
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name) or {}:
@@ -147,14 +150,26 @@ def _check_rank(name: str, value: Any) -> None:
         raise ConfigError(f"`{name}` must be an integer of at least 1, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_alpha(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ConfigError(f"`{name}` must be a positive number, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         raise ConfigError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}")
+
+
+def _check_names(name: str, value: Any, *kinds: Any) -> None:
+    right = any(value is None if kind is None else isinstance(value, kind) for kind in kinds)
+    if right and (not isinstance(value, list) or all(isinstance(entry, str) for entry in value)):
+        return
+    words = {str: "a regular expression", list: "a list of names", None: "null"}
+    raise ConfigError(f"`{name}` must be {' or '.join(words[kind] for kind in kinds)}, got {value!r}")
 
 
 def _check_regex(name: str, value: Any) -> None:

@@ -25,8 +25,8 @@ from lightning_lora.errors import (
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.targets import find_targets
-from lightning_lora.nn.adapter import AdapterModule, torch_dtype
-from lightning_lora.nn.linear import LoRALinear, is_conv1d
+from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
+from lightning_lora.nn.linear import LoRALinear, is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
 
@@ -80,7 +80,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> ApplyReport:
     paths = _paths(model)
     for name in targets.saved:
         _replace(model, paths[name], SavedModule(model.get_submodule(name), record))
-    packed = set(targets.packed) if config.quantize != "none" else set()
+    packed = _packable(model, targets.packed) if config.quantize != "none" else set()
     adapted = set(targets.adapted)
     for name in [n for n in paths if n in adapted or n in packed]:
         layer = original = model.get_submodule(name)
@@ -89,6 +89,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> ApplyReport:
         if name in adapted:
             layer = LoRALinear(layer, record, config.rank_for(name), config.alpha_for(name))
         _replace(model, paths[name], layer.train(original.training))
+    _close_fast_paths(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ApplyReport(
         adapted=list(targets.adapted),
@@ -185,7 +186,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in adapter_modules(model):
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
         found.update({f"{name}.{own}" if name else own: tensors[own] for own in module.trained_names()})
     return found
 
@@ -224,13 +227,8 @@ def _freeze_statistics(model: nn.Module, saved: list[str]) -> None:
     frozen = []
     for name, module in model.named_modules():
         inside = any(name == s or name.startswith(f"{s}.") for s in saved)
-        if inside or not getattr(module, "track_running_stats", False):
-            continue
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            module.momentum = 0.0  # without tracking it would leave its statistics out of evaluation too
-        else:
-            module.track_running_stats = False  # in training: batch statistics, and no update
-        frozen.append(name)
+        if not inside and freeze_statistics(module):
+            frozen.append(name)
     if frozen:
         warnings.warn(
             f"the running statistics of {len(frozen)} normalisation layers, {frozen[0]!r} first, are frozen with "
@@ -238,6 +236,26 @@ def _freeze_statistics(model: nn.Module, saved: list[str]) -> None:
             Notice,
             stacklevel=3,
         )
+
+
+def _packable(model: nn.Module, names: list[str]) -> set[str]:
+    """Those linears whose whole computation is ``x W^T + b``; a packed one could do nothing else."""
+    own_way = [name for name in names if not is_transparent(model.get_submodule(name))]
+    if own_way:
+        warnings.warn(
+            f"{len(own_way)} linear layers, {own_way[0]!r} first, have a forward or hooks of their own and stay "
+            "unpacked",
+            Notice,
+            stacklevel=3,
+        )
+    return set(names) - set(own_way)
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    """In evaluation torch's encoder layers read the weights of their linears and would pass the adapters by."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # read by nothing but the choice of the fast path
 
 
 def _pack(layer: nn.Module, config: LoRAConfig) -> PackedLinear:

@@ -2,6 +2,7 @@
 """`GradientCheck`: sees in the first optimizer steps whether the adapters learn at all.
 
 With B = 0 the gradient of A is zero at the first step and that of B is not; so B is what is looked at.
+Steps are counted by layer, since several optimizers may share the adapters out and take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class GradientCheck:
     """Watches which adapted layers are called in training, and judges their gradients before a step.
 
     Args:
-        model: The converted model; hooks stay on it until the first step has been judged.
+        model: The converted model; hooks stay on it until every layer's first step has been judged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,14 +34,14 @@ class GradientCheck:
         self._hooks = [
             layer.register_forward_pre_hook(partial(self._note, name)) for name, layer in self._layers.items()
         ]
-        self._steps = 0
+        self._steps = dict.fromkeys(self._layers, 0)
         self._zero = dict.fromkeys(self._layers, 0)
         self._non_finite = 0
 
     @property
     def done(self) -> bool:
-        """Whether enough steps were seen."""
-        return self._steps >= PATIENCE
+        """Whether enough steps of every layer were seen."""
+        return all(count >= PATIENCE for count in self._steps.values())
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -66,19 +67,20 @@ class GradientCheck:
             self._count_non_finite()
             return  # a loss scaler skips this step: it is not taken
         self._non_finite = 0
-        self._steps += 1
-        if self._steps == 1:
-            self.close()
-            self._check_none([name for name in layers if name in self._called and name not in grads])
-            self._say_never_called([name for name in layers if name not in self._called])
-            self._say_zero([name for name in zero if name in self._called])
+        first = [name for name in layers if self._steps[name] == 0]
         for name in layers:
+            self._steps[name] += 1
             self._zero[name] = self._zero[name] + 1 if name in zero and name in self._called else 0
-        if self._steps == PATIENCE:
-            self._check_zero([name for name, count in self._zero.items() if count >= PATIENCE])
+        if all(self._steps.values()):
+            self.close()
+        self._check_none([name for name in first if name in self._called and name not in grads])
+        self._say_never_called([name for name in first if name not in self._called])
+        self._say_zero([name for name in first if self._zero[name]])
+        self._check_zero([name for name in layers if self._zero[name] == self._steps[name] == PATIENCE])
 
     def _note(self, name: str, module: nn.Module, args: object) -> None:
-        if module.training:
+        # Modules may be left in evaluation mode (`from_pretrained` does); reentrant checkpoints run without gradient.
+        if module.training or torch.is_grad_enabled():
             self._called.add(name)
 
     def _check_none(self, names: list[str]) -> None:

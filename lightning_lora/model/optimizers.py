@@ -67,6 +67,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
     """
     optimizers = list(optimizers)
     trainable = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    names = {key: name for key, (name, _) in trainable.items()}
     placed = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     inherited: list[str] = []
     for optimizer in optimizers:
@@ -81,11 +82,11 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
                 placed.update(map(id, heirs))
                 inherited.extend(trainable[id(p)][0] for p in heirs)
                 kept.extend(heirs)
-            _replace(optimizer, group, kept)
+            _replace(optimizer, group, kept, names)
     missing = [(name, p) for key, (name, p) in trainable.items() if key not in placed]
     if missing and optimizers:
         first = optimizers[0].param_groups[0]
-        _replace(optimizers[0], first, [*first["params"], *(p for _, p in missing)])
+        _replace(optimizers[0], first, [*first["params"], *(p for _, p in missing)], names)
     if inherited or (missing and optimizers):
         _say(inherited, [name for name, _ in missing], type(optimizers[0]).__name__)
 
@@ -110,7 +111,7 @@ def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         )
 
 
-def _replace(optimizer: Optimizer, group: dict, parameters: list[nn.Parameter]) -> None:
+def _replace(optimizer: Optimizer, group: dict, parameters: list[nn.Parameter], names: dict[int, str]) -> None:
     old = group["params"]
     if len(old) == len(parameters) and all(a is b for a, b in zip(old, parameters, strict=True)):
         return
@@ -119,6 +120,9 @@ def _replace(optimizer: Optimizer, group: dict, parameters: list[nn.Parameter]) 
             f"{type(optimizer).__name__} has already taken steps on parameters that are frozen now: build the "
             "optimizer in `configure_optimizers`, after the adapters are in the model"
         )
+    if "param_names" in group:  # an optimizer over `named_parameters()` keeps both lists in step
+        names = names | dict(zip(map(id, old), group["param_names"], strict=True))
+        group["param_names"] = [names[id(p)] for p in parameters]
     group["params"] = parameters
 
 

@@ -57,7 +57,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         _check_target_entries(model, config.target_modules, prefix, linears)
     if config.exclude_modules is not None:
         chosen = [name for name in chosen if not matches(config.exclude_modules, name, prefix)]
-    chosen = [name for name in chosen if _in_layers(name, config)]
+        _say_unused_excludes(config.exclude_modules, linears, prefix)
+    chosen = _in_layers(chosen, config)
     if not chosen and not saved:
         raise TargetError(_nothing_matched(model, config, linears))
     if not chosen:
@@ -179,13 +180,26 @@ def _notice_no_head(names: list[str]) -> None:
     )
 
 
-def _in_layers(name: str, config: LoRAConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
+def _in_layers(names: list[str], config: LoRAConfig) -> list[str]:
     wanted = config.layers_to_transform
+    if wanted is None:
+        return names
+    wanted = [wanted] if isinstance(wanted, int) else wanted
     pattern = rf"(?:.*\.)?{config.layers_pattern}\.(\d+)\." if config.layers_pattern else r"(?:[^.]+\.)*?(\d+)\."
-    found = re.match(pattern, name)
-    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    found = {name: int(match[1]) for name in names if (match := re.match(pattern, name))}
+    absent = sorted(set(wanted) - set(found.values()))
+    if found and absent:
+        text = f"`layers_to_transform` {absent} are no blocks of the model; there are {sorted(set(found.values()))}"
+        warnings.warn(text, Notice, stacklevel=3)
+    return [name for name in names if found.get(name) in wanted]
+
+
+def _say_unused_excludes(spec: str | list[str], linears: dict[str, nn.Module], prefix: str) -> None:
+    entries: list[str | list[str]] = [spec] if isinstance(spec, str) else [[entry] for entry in spec]
+    for entry in entries:
+        if not any(matches(entry, name, prefix) for name in linears):
+            text = f"`exclude_modules` entry {''.join(entry)!r} matches no linear layer{_near(''.join(entry), linears)}"
+            warnings.warn(text, Notice, stacklevel=4)
 
 
 def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, linears: dict[str, nn.Module]) -> None:
@@ -241,6 +255,8 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, linears: dict[str, nn
     spec = config.target_modules
     entries = [spec] if isinstance(spec, str) else spec
     hint = "" if spec == "all-linear" else "".join(_near(entry, linears) for entry in entries[:2])
+    if isinstance(spec, str) and any(matches([spec], name) for name in linears):
+        hint = f"; a string is a regular expression for whole names: write [{spec!r}] for a name's end"
     limits = [
         f"{name}={value!r}"
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern")

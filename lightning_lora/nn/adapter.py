@@ -51,6 +51,17 @@ class KeepsDType(nn.Module):
         return super()._apply(keep, recurse)
 
 
+def freeze_statistics(module: nn.Module) -> bool:
+    """Keep a normalisation layer's running statistics as they are in training; whether it has any."""
+    if not getattr(module, "track_running_stats", False):
+        return False
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        module.momentum = 0.0  # without tracking it would leave its statistics out of evaluation too
+    else:
+        module.track_running_stats = False  # type: ignore[assignment]  # batch statistics in training, no update
+    return True
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype that a configuration's "fp32", "bf16" or "fp16" names."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -10,6 +10,7 @@ adapter's input (D = identity outside training):
                 dx = dy W  (+)  D^T(v A)             (N, in)    added into the fresh gradient
                 dA = v^T D(x)                        (r, in)
                 dB = s (u^T dy)^T                    (out, r)   as (r, N) x (N, out): the fast orientation
+                db = sum of dy over N                (out,)     where the user trains the bias
 
 (+) is an addition in place into a tensor that this function made itself; no input is ever written into.
 Saved for backward: x and u, nothing else of the activations' width. A and B are cast *down* to x's dtype;
@@ -49,7 +50,7 @@ def lora_linear(
     Args:
         x: Input ``(..., in)``, of the dtype to compute in.
         weight: Gives the frozen weight ``(out, in)`` in the dtype that it is called with.
-        bias: Frozen bias ``(out,)``.
+        bias: Bias ``(out,)``.
         lora_A: Factor ``(r, in)``, in any floating dtype.
         lora_B: Factor ``(out, r)``.
         scale: Factor of the update.
@@ -89,13 +90,13 @@ def _dropped(dropout: float) -> int:
 
 
 def _needs_eager(*tensors: Tensor | None) -> bool:
-    """Whether plain operations are needed: `torch.compile`, `torch.func`, forward AD, tensor subclasses."""
+    """Whether plain operations are needed: `torch.compile`, `torch.func`, forward AD, subclasses, meta tensors."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
             return True
         if forward_ad.unpack_dual(tensor).tangent is not None:
             return True
@@ -137,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale, dropout, seed
-        ctx.device_type, ctx.leading = x.device.type, x.shape[:-1]
+        ctx.device_type, ctx.bias_dtype = x.device.type, None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
             if lora_A is None or lora_B is None:
@@ -151,8 +152,10 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 5
+        need_bias = ctx.needs_input_grad[4]
         with torch.autocast(ctx.device_type, enabled=False):
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
+            rest = (None, dbias, None, None, None)
             if not ctx.saved_tensors:
                 return (dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None, None, None, *rest)
             x, u, lora_A, lora_B = ctx.saved_tensors

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, scaling
 from lightning_lora.nn.adapter import AdapterModule, KeepsDType, torch_dtype
-from lightning_lora.nn.functional import WeightOf, add_lora, lora_linear
-from lightning_lora.nn.quantized import PackedLinear, compute_dtype, output_dtype
+from lightning_lora.nn.functional import add_lora, lora_linear
+from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
 
 
 class LoRAAdapter(KeepsDType):
@@ -136,9 +136,9 @@ class LoRALinear(AdapterModule):
         scale = self.scaling * self.strength
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
-        elif _is_transparent(base):
+        elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):
             dtype, weight = output_dtype(x), self._dense_matrix
-        else:  # a linear that computes in its own way, or carries hooks: its forward must run
+        else:  # its forward must run: it computes in its own way or carries hooks, or torch refuses the dtypes
             y = base(x)
             if not active:
                 return y
@@ -147,10 +147,7 @@ class LoRALinear(AdapterModule):
         return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout).to(output_dtype(x))  # type: ignore[arg-type]
 
     def _dense_matrix(self, dtype: torch.dtype) -> Tensor:
-        weight = self.weight
-        # Without autocast a dtype that differs from the input's is the user's mistake and raises as in torch.
-        if torch.is_autocast_enabled(weight.device.type) or not torch.is_floating_point(weight):
-            weight = weight.to(dtype)
+        weight = self.weight.to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
     def extra_repr(self) -> str:
@@ -176,7 +173,7 @@ def _device(layer: nn.Module) -> torch.device:
     return next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
 
 
-def _is_transparent(base: nn.Module) -> bool:
+def is_transparent(base: nn.Module) -> bool:
     """Whether ``base`` is exactly ``x W^T + b``, frozen and without hooks, so that it may be computed here."""
     forward = type(base).forward
     plain = forward is nn.Linear.forward or (is_conv1d(base) and type(base).__name__ == "Conv1D")
@@ -184,6 +181,3 @@ def _is_transparent(base: nn.Module) -> bool:
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
     trained = any(p.requires_grad for p in base.parameters(recurse=False))
     return plain and not hooked and not trained
-
-
-__all__ = ["LoRAAdapter", "LoRALinear", "WeightOf", "is_conv1d", "linear_shape"]

@@ -32,6 +32,7 @@ from lightning_lora.nn.functional import lora_linear
 
 BLOCK = 64
 NESTED_BLOCK = 256
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels read and write
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
 NF4 = (
@@ -153,11 +154,14 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast acts on ``x``: float64 it leaves alone, meta tensors it does not know."""
+    return not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear` would give: autocast's, or ``x``'s own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def compute_dtype(x: Tensor, narrower: torch.dtype | None) -> torch.dtype:
@@ -195,7 +199,7 @@ def _load_bitsandbytes() -> ModuleType | None:
 def _pack(weight: Tensor, quant_type: str) -> dict[str, Tensor]:
     if quant_type == "int8":
         absmax = weight.float().abs().amax(dim=1)
-        scale = (127 / absmax.clamp(min=1e-38)).unsqueeze(1)
+        scale = (127 / absmax.clamp(min=1e-36)).unsqueeze(1)  # finite for a row of zeros
         return {"codes": (weight.float() * scale).round_().to(torch.int8), "absmax": absmax}
     codes, absmax = _quantize_4bit(weight, quant_type[:3])
     if quant_type != "nf4-dq":
@@ -206,7 +210,8 @@ def _pack(weight: Tensor, quant_type: str) -> dict[str, Tensor]:
 
 
 def _quantize_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    functional = bitsandbytes_functional() if weight.device.type != "meta" else None
+    kernel_takes = not weight.is_meta and weight.dtype in KERNEL_DTYPES
+    functional = bitsandbytes_functional() if kernel_takes else None
     if functional is not None:
         codes, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, quant_type=kind, compress_statistics=False
@@ -246,8 +251,8 @@ def _scaled_blocks(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _dequantize_4bit(codes: Tensor, absmax: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # bitsandbytes' CPU kernel walks row by row: rows of whole blocks only; other dtypes go by torch.
-    fits = shape[-1] % BLOCK == 0 and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    usable = fits and codes.device.type != "meta" and not torch.compiler.is_compiling()
+    fits = shape[-1] % BLOCK == 0 and dtype in KERNEL_DTYPES
+    usable = fits and not codes.is_meta and not torch.compiler.is_compiling()
     if usable and bitsandbytes_functional() is not None:
         return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), absmax, BLOCK, kind, list(shape), dtype)
     return dequantize_4bit_reference(codes, absmax, kind, shape, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora.config import AdapterRecord
-from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.nn.adapter import AdapterModule, freeze_statistics
 
 
 class SavedModule(AdapterModule):
@@ -27,6 +27,8 @@ class SavedModule(AdapterModule):
         super().__init__(record)
         self.trained = copy.deepcopy(original).requires_grad_(True)
         self.original = original.requires_grad_(False)
+        for module in original.modules():
+            freeze_statistics(module)
 
     def trained_names(self) -> list[str]:
         """The copy's parameters and persistent buffers (a BatchNorm's statistics move in training)."""
