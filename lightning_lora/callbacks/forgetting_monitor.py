@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ForgettingMonitor`: scheduled looks at general tasks, item by item against the base model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lora.errors import ConfigError, Notice, UnsupportedError
+from lightning_lora.forgetting.monitor import Monitor, Report, check_levels
+from lightning_lora.forgetting.ranks import from_rank_zero, rank_and_world, together
+from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
+from lightning_lora.model.apply import is_adapted
+
+_ACTIONS = ("warn", "stop")
+_LATER = ("rollback", "scale")
+
+
+class ForgettingMonitor(Callback):
+    """Looks, during training, at what the model forgets: lm-eval tasks, each item against the base model.
+
+    The base is the same weights with the adapters switched off, so it costs no second model. The trained
+    weights are the same bits with and without the monitor. Every rank takes part in every look.
+
+    Logged for each task, and as ``pooled`` for all items together:
+
+    | key | unit | meaning |
+    |---|---|---|
+    | ``forgetting/<task>/acc``, ``acc_base`` | share of items | accuracy of the model and of its base |
+    | ``forgetting/<task>/delta`` | share of items | acc less acc_base; below 0 is forgetting |
+    | ``forgetting/<task>/delta_se`` | share of items | standard error of the paired difference |
+    | ``forgetting/<task>/flips_lost`` | items | right with the base, wrong now |
+    | ``forgetting/<task>/flips_gained`` | items | wrong with the base, right now |
+    | ``forgetting/<task>/soft_delta`` | share of items | paired difference of soft accuracy |
+    | ``forgetting/<task>/n_items`` | items | how many were compared |
+    | ``forgetting/<task>/p_value`` | | at the end: exact McNemar test of the flips |
+    | ``forgetting/seconds`` | s | how long the look took |
+
+    Example::
+
+        monitor = ForgettingMonitor(["arc_easy", "my_task.yaml"], tokenizer="base/", every_n_steps=200)
+        trainer = Trainer(callbacks=[LoRA(r=16), monitor])
+        trainer.fit(module, datamodule)
+        monitor.report.tasks["arc_easy"].delta
+
+    Args:
+        tasks: Names of lm-eval tasks or groups, paths of task YAML files, or dicts with lm-eval's task keys.
+        tokenizer: Folder, name or object; None for the LightningModule's own attribute ``tokenizer``.
+        forward: What computes logits from token ids: None for the one transformers model inside the module,
+            the name of a part of the module, or a function or its import path, ``(input_ids) -> logits`` or
+            ``(module, input_ids) -> logits``.
+        every_n_steps: Look whenever so many optimizer steps have been taken; None for never.
+        every_n_epochs: Look at the end of every so many epochs; None for never.
+        at_steps: Further optimizer steps at which to look.
+        on_fit_start: Look before the first step.
+        on_fit_end: Compare the whole bank of items when training ends: the verdict.
+        items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each.
+        batch_tokens: Tokens in one batch, padding included; lower it when a look runs out of memory.
+        num_fewshot: Examples in each prompt; None for what each task says.
+        include_path: Folder or folders of task YAML files, searched before lm-eval's own.
+        tolerance: A drop of accuracy that is nobody's concern, 0.005 for half a point.
+        alpha: Probability of an alarm in the whole run when no drop exceeds the tolerance.
+        on_forgetting: What an alarm does: "warn", or "stop" to end training after this step.
+        seed: Shuffles the bank of items.
+
+    Raises:
+        ConfigError: For a value out of range.
+        UnsupportedError: For an ``on_forgetting`` that this version does not build.
+        TaskError: At fit start, for a task that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        tasks: str | dict[str, Any] | list[str | dict[str, Any]],
+        tokenizer: Any = None,
+        forward: str | Callable[..., Any] | None = None,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        at_steps: Sequence[int] = (),
+        on_fit_start: bool = True,
+        on_fit_end: bool = True,
+        items_per_eval: int = 250,
+        batch_tokens: int = 8192,
+        num_fewshot: int | None = None,
+        include_path: str | list[str] | None = None,
+        tolerance: float = 0.005,
+        alpha: float = 0.05,
+        on_forgetting: str = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_action(on_forgetting)
+        check_levels(tolerance, alpha)
+        _check_counts(
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            items_per_eval=items_per_eval,
+            batch_tokens=batch_tokens,
+        )
+        self.tasks = [tasks] if isinstance(tasks, str | dict | Path) else list(tasks)
+        if not self.tasks:
+            raise ConfigError("`tasks` is empty: give at least one task name, YAML path or dict.")
+        self.tokenizer = tokenizer
+        self.forward = forward
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.at_steps = tuple(at_steps)
+        self.look_at_start = on_fit_start
+        self.verdict_at_end = on_fit_end
+        self.items_per_eval = items_per_eval
+        self.batch_tokens = batch_tokens
+        self.num_fewshot = num_fewshot
+        self.include_path = include_path
+        self.tolerance = tolerance
+        self.alpha = alpha
+        self.on_forgetting = on_forgetting
+        self.seed = seed
+        self._loaded: dict[str, LoadedTask] | None = None
+        self._monitor: Monitor | None = None
+        self._scorer: Scorer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._seen_step = 0
+
+    @property
+    def history(self) -> list[Report]:
+        """The report of every look, in order."""
+        return [] if self._monitor is None else list(self._monitor.history)
+
+    @property
+    def report(self) -> Report | None:
+        """The verdict; while there is none, the newest look; None before the first."""
+        history = self.history
+        return next((r for r in reversed(history) if r.kind == "verdict"), history[-1] if history else None)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Two monitors may stand side by side, with other tasks or another schedule.
+        return self._generate_state_key(tasks=[_name(task) for task in self.tasks], seed=self.seed)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not is_adapted(pl_module):
+            raise ConfigError(
+                f"ForgettingMonitor compares the model with adapters on and off, and {type(pl_module).__name__} has "
+                f"none. Add the LoRA callback, or call apply_lora in configure_model."
+            )
+        self._scorer = Scorer(
+            pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
+        )
+        if self._loaded is None:
+            self._loaded = self._load(trainer.local_rank)
+        history = self._monitor
+        self._monitor = Monitor(self._loaded, self.items_per_eval, self.seed, self.tolerance, self.alpha)
+        if self._restored is None and history is not None:
+            self._restored = history.state_dict()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_up(trainer.global_step)
+        if self.look_at_start and not self._monitor_or_fail().history:
+            self._look(trainer, pl_module, log_on="epoch")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        before, self._seen_step = self._seen_step, trainer.global_step
+        if self.is_due(before, trainer.global_step):
+            self._look(trainer, pl_module, log_on="step")
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and self._monitor_or_fail().last_step != trainer.global_step:
+            self._look(trainer, pl_module, log_on="epoch")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.verdict_at_end:
+            self._look(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._scorer = None  # it holds the model
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._monitor is None else self._monitor.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+    def is_due(self, before: int, now: int) -> bool:
+        """Whether the schedule has a look among the optimizer steps after ``before`` up to ``now``.
+
+        Gradient accumulation repeats a step and several optimizers jump over some, so a look is due when its
+        step is passed, not when it is met.
+
+        Args:
+            before: optimizer steps taken when this was asked last.
+            now: optimizer steps taken.
+        """
+        n = self.every_n_steps
+        return (n is not None and now // n > before // n) or any(before < s <= now for s in self.at_steps)
+
+    def planned_looks(self, trainer: Trainer) -> int | None:
+        """Looks and verdicts of the whole run, or None when its length is not known."""
+        try:
+            steps = trainer.estimated_stepping_batches
+        except MisconfigurationException:  # accumulation that changes with the epoch
+            steps = trainer.max_steps
+        if not 0 < steps < math.inf:
+            return None
+        steps, epochs = int(steps), 0
+        if self.every_n_epochs is not None:
+            if not trainer.max_epochs or trainer.max_epochs < 0:
+                return None
+            epochs = trainer.max_epochs // self.every_n_epochs
+        by_steps = steps // self.every_n_steps if self.every_n_steps else 0
+        by_list = sum(1 for s in set(self.at_steps) if 0 < s <= steps)
+        return by_steps + by_list + epochs + self.look_at_start + self.verdict_at_end
+
+    def _load(self, local_rank: int) -> dict[str, LoadedTask]:
+        """Load the tasks, on the first rank of each machine first: it fills the cache that others read."""
+        rank_zero_info(f"ForgettingMonitor loads {len(self.tasks)} task(s): {', '.join(map(_name, self.tasks))}")
+        loaded: dict[str, LoadedTask] | None = None
+        if rank_and_world()[1] > 1:
+            with together("loading tasks"):
+                if local_rank == 0:
+                    loaded = load_tasks(self.tasks, self.num_fewshot, self.include_path)
+        with together("loading tasks"):
+            loaded = loaded or load_tasks(self.tasks, self.num_fewshot, self.include_path)
+        return loaded
+
+    def _take_up(self, step: int) -> None:
+        """Go on from a checkpoint or from an earlier fit of this run; a run that begins anew begins anew."""
+        monitor = self._monitor_or_fail()
+        if self._restored is not None and self._restored["history"]:
+            last = self._restored["history"][-1]["step"]
+            if last <= step:
+                monitor.load_state_dict(self._restored)
+        self._restored = None
+        self._seen_step = step
+
+    def _look(
+        self, trainer: Trainer, pl_module: LightningModule, log_on: Literal["step", "epoch"] | None = None
+    ) -> None:
+        """Look, log and act; without ``log_on`` it is the verdict, whose hook takes no logged values."""
+        monitor = self._monitor_or_fail()
+        if self._scorer is None:
+            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
+        take = monitor.verdict if log_on is None else monitor.look
+        with together("looking at forgetting"):
+            report = take(self._scorer, trainer.global_step, self.planned_looks(trainer))
+        rank_zero_info(report.summary())
+        metrics = report.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        if log_on is not None:
+            on_step = log_on == "step"
+            pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=on_step, on_epoch=not on_step)
+        self._act(trainer, report)
+
+    def _act(self, trainer: Trainer, report: Report) -> None:
+        alarms = from_rank_zero(report.alarms)
+        if not alarms:
+            return
+        stops = self.on_forgetting == "stop" and report.kind == "look"
+        found = "; ".join(f"{n} by at least {100 * report.drop_bounds[n]:.1f} points" for n in alarms)
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"Forgetting at step {report.step}: below the base {found}, at an error probability of {self.alpha:g} "
+                f"over the run (tolerance {100 * self.tolerance:g} points)."
+                + (" Training stops here, as `on_forgetting` says." if stops else ""),
+                Notice,
+                stacklevel=2,
+            )
+        if stops:
+            trainer.should_stop = True
+
+    def _monitor_or_fail(self) -> Monitor:
+        if self._monitor is None:
+            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
+        return self._monitor
+
+
+def _check_action(on_forgetting: str) -> None:
+    if on_forgetting in _LATER:
+        raise UnsupportedError(
+            f"`on_forgetting`={on_forgetting!r} is not built in this version; use one of {', '.join(_ACTIONS)}."
+        )
+    if on_forgetting not in _ACTIONS:
+        raise ConfigError(f"`on_forgetting` must be one of {', '.join(_ACTIONS)}: got {on_forgetting!r}.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}` must be 1 or more: got {value}.")
+
+
+def _name(task: Any) -> str:
+    return str(task.get("task")) if isinstance(task, dict) else str(task)

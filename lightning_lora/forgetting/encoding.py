@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding: text to tokens by lm-eval's rules, with a copy of the user's tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import ConfigError
+
+#: Longest input when neither the model's configuration nor the tokenizer states one [tokens].
+DEFAULT_MAX_LENGTH = 2048
+
+
+class Encoder:
+    """A copy of the tokenizer, with lm-eval's rule where a context ends and a choice begins.
+
+    Args:
+        tokenizer: what the user gave. It is copied, so that nothing of it is ever set.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        try:
+            self.tokenizer = copy.deepcopy(tokenizer)
+        except Exception:  # some tokenizers hold what cannot be copied; encoding leaves those as they are
+            self.tokenizer = tokenizer
+        self.eos = getattr(tokenizer, "eos_token_id", None)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        self.prefix = self.eos if bos is None else bos
+        self._prefix_text = "" if self.prefix is None else self.tokenizer.decode([self.prefix])
+        self._special = _takes_special(self.tokenizer.encode)
+        self._known: dict[tuple[str, bool | None], list[int]] = {}
+
+    def encode(self, text: str, special: bool | None = None) -> list[int]:
+        """Tokens of ``text``.
+
+        Args:
+            text: any text.
+            special: whether to add the tokenizer's special tokens; None for its own way, without doubling
+                a beginning-of-sequence token that the text already has.
+        """
+        key = (text, special)
+        if key not in self._known:
+            if special is None and self._prefix_text and text.startswith(self._prefix_text):
+                special = False
+            kwargs = {"add_special_tokens": special} if special is not None and self._special else {}
+            ids = self.tokenizer.encode(text, **kwargs)
+            self._known[key] = list(getattr(ids, "ids", ids))
+        return self._known[key]
+
+    def forget(self) -> None:
+        """Drop what was kept from base's pass to model's."""
+        self._known.clear()
+
+
+def find_tokenizer(tokenizer: Any, module: nn.Module) -> Any:
+    """The tokenizer that the user means.
+
+    Args:
+        tokenizer: an object with ``encode`` and ``decode``; a folder or name that
+            `transformers.AutoTokenizer` knows; None for ``module.tokenizer``.
+        module: where to look.
+
+    Raises:
+        ConfigError: when there is none, or it cannot be loaded.
+    """
+    if tokenizer is None:
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                f"ForgettingMonitor has no tokenizer: {type(module).__name__} has no attribute `tokenizer`. Give "
+                f"`tokenizer=` a folder, a name or an object."
+            )
+    if not isinstance(tokenizer, str | Path):
+        if not callable(getattr(tokenizer, "encode", None)):
+            raise ConfigError(f"`tokenizer` must have a method `encode`: got {type(tokenizer).__name__}.")
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(tokenizer))
+    except Exception as error:
+        raise ConfigError(
+            f"`tokenizer`={str(tokenizer)!r} cannot be loaded: {type(error).__name__}: {error}. Give a folder that "
+            f"holds a tokenizer, a name on the hub, or an object."
+        ) from error
+
+
+def longest_input(config: Any, tokenizer: Any) -> int:
+    """How many tokens a model takes, by its configuration, its tokenizer, or `DEFAULT_MAX_LENGTH`.
+
+    Args:
+        config: a transformers configuration, or None.
+        tokenizer: the tokenizer.
+    """
+    inner = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(inner, name, None) is not None:
+            return int(getattr(inner, name))
+    stated = getattr(tokenizer, "model_max_length", None)
+    return int(stated) if stated is not None and stated < 10**9 else DEFAULT_MAX_LENGTH
+
+
+def _takes_special(encode: Any) -> bool:
+    try:
+        return "add_special_tokens" in inspect.signature(encode).parameters
+    except (TypeError, ValueError):  # a compiled function without a signature
+        return False

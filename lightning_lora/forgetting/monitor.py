@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The monitor: which items a look takes, what it finds, and the verdict at the end; no Trainer in sight.
+
+::
+
+    look k:   bank -> items -> model's scores ---.
+                          `-> base's scores  ----+-> paired statistics -> Report -> alarm?
+    verdict:  the whole bank, the same way
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import ConfigError, Notice
+from lightning_lora.forgetting import statistics
+from lightning_lora.forgetting.bank import ItemBank
+from lightning_lora.forgetting.ranks import rank_and_world
+from lightning_lora.forgetting.scoring import ItemScore, Scorer
+from lightning_lora.forgetting.tasks import POOLED, LoadedTask
+from lightning_lora.model.apply import adapter_modules, disable_adapters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task, or all together: the model against its base on the same items.
+
+    Args:
+        acc: accuracy of the model [share of items].
+        acc_base: accuracy of the base on the same items [share of items].
+        delta: acc less acc_base; below 0 is forgetting [share of items].
+        delta_se: standard error of the paired difference [share of items].
+        flips_lost: right with the base and wrong now [items].
+        flips_gained: wrong with the base and right now [items].
+        soft_delta: paired difference of soft accuracy [share of items].
+        soft_delta_se: its standard error [share of items].
+        n_items: how many items were compared.
+        p_value: exact McNemar test, two-sided, that answers are lost as often as gained.
+    """
+
+    acc: float
+    acc_base: float
+    delta: float
+    delta_se: float
+    flips_lost: int
+    flips_gained: int
+    soft_delta: float
+    soft_delta_se: float
+    n_items: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one look found.
+
+    Args:
+        step: optimizer steps taken when it was made.
+        kind: "look" for some items, "verdict" for the whole bank.
+        tasks: what was found, by task.
+        pooled: all items of all tasks together, each with the same weight.
+        drop_bounds: lower confidence bound of the drop of each task and of all together [share of items].
+        alpha: error probability that these bounds share.
+        alarms: the names whose bound lies above the tolerance.
+        seconds: how long it took [s].
+    """
+
+    step: int
+    kind: str
+    tasks: dict[str, TaskReport]
+    pooled: TaskReport
+    drop_bounds: dict[str, float]
+    alpha: float
+    alarms: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in primitives, as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote."""
+        tasks = {name: TaskReport(**found) for name, found in values["tasks"].items()}
+        return cls(**{**values, "tasks": tasks, "pooled": TaskReport(**values["pooled"])})
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by the keys under which they are logged."""
+        found = {}
+        for name, task in {**self.tasks, POOLED: self.pooled}.items():
+            for field, value in asdict(task).items():
+                if field not in ("p_value", "soft_delta_se") or self.kind == "verdict":
+                    found[f"forgetting/{name}/{field}"] = float(value)
+        return {**found, "forgetting/seconds": self.seconds}
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f} +- {100 * r.delta_se:.1f})"
+            for name, r in ({**self.tasks, POOLED: self.pooled} if len(self.tasks) > 1 else self.tasks).items()
+        ]
+        return f"forgetting, {self.kind} at step {self.step}: {'; '.join(parts)} [{self.seconds:.1f} s]"
+
+
+class Monitor:
+    """Takes looks at a model in training, keeps what they found, and says when it forgets.
+
+    The alarm: a lower confidence bound of the drop, of all items together or of one task alone, lies above
+    the tolerance. A look takes it from soft accuracy, which shows a drop on fewer items; the verdict from
+    accuracy itself. The error probability alpha is shared out over looks and, within a look, over the tests.
+
+    Args:
+        tasks: loaded tasks.
+        items_per_look: items of a look over all tasks; see `ItemBank`.
+        seed: shuffles the bank.
+        tolerance: a drop that is nobody's concern [share of items].
+        alpha: probability of an alarm in the whole run when no drop exceeds the tolerance.
+
+    Raises:
+        ConfigError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, LoadedTask],
+        items_per_look: int = 250,
+        seed: int = 0,
+        tolerance: float = 0.005,
+        alpha: float = 0.05,
+    ) -> None:
+        check_levels(tolerance, alpha)
+        self.tasks = dict(tasks)
+        self.bank = ItemBank({name: task.n_docs for name, task in tasks.items()}, items_per_look, seed)
+        self.tolerance = tolerance
+        self.alpha = alpha
+        self.history: list[Report] = []
+        self.looks = 0
+        self._spent = 0.0
+        self._base: dict[tuple[str, str, str], ItemScore] = {}
+
+    @property
+    def last_step(self) -> int | None:
+        """Optimizer step of the newest look; None before the first."""
+        return self.history[-1].step if self.history else None
+
+    def look(self, scorer: Scorer, step: int, planned: int | None = None) -> Report:
+        """Compare model and base on the next items of the bank.
+
+        Args:
+            scorer: the model.
+            step: optimizer steps taken.
+            planned: looks and verdicts of the whole run; None when nobody knows.
+        """
+        if self.looks == self.bank.fresh_looks:
+            log.info("Every item of some task has been used once; from here on items come again.")
+        report = self._report(scorer, step, "look", self.bank.items(self.looks), planned)
+        self.looks += 1
+        return report
+
+    def verdict(self, scorer: Scorer, step: int, planned: int | None = None) -> Report:
+        """Compare model and base on every item of the bank.
+
+        Args:
+            scorer: the model.
+            step: optimizer steps taken.
+            planned: looks and verdicts of the whole run; None when nobody knows.
+        """
+        return self._report(scorer, step, "verdict", self.bank.everything(), planned)
+
+    def forget_base(self) -> None:
+        """Drop the base's cached scores: another model comes."""
+        self._base.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Looks taken, their reports and the alpha spent, in primitives: some 400 bytes for a task and look."""
+        return {
+            "bank": self.bank.describe(),
+            "looks": self.looks,
+            "spent": self._spent,
+            "history": [report.to_dict() for report in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: no look and no item twice.
+
+        Args:
+            state: what `state_dict` gave. With other tasks, seed or items a look it does not fit the bank:
+                a notice says so and the looks begin again.
+        """
+        self.history = [Report.from_dict(values) for values in state["history"]]
+        self._spent = state["spent"]
+        if state["bank"] == self.bank.describe():
+            self.looks = state["looks"]
+            return
+        _notice(
+            "Forgetting: the checkpoint's looks were made with other tasks, another `seed` or another "
+            "`items_per_eval`. Its history is kept; items are taken from the start of the new bank."
+        )
+
+    def _report(
+        self, scorer: Scorer, step: int, kind: str, picked: Mapping[str, Sequence[int]], planned: int | None
+    ) -> Report:
+        start = time.perf_counter()
+        with scorer.quietly():
+            model = scorer.score(self.tasks, picked)
+            base = self._base_scores(scorer, model, picked)
+        if not self.history:
+            _check_identity(scorer.module, model, base)
+        tasks = {name: compare(model[name], base[name]) for name in model if model[name]}
+        if not tasks:
+            raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
+        pooled = compare_pooled([(model[name], base[name]) for name in tasks])
+        alpha = statistics.spend(self.alpha - self._spent, len(self.history) + 1, planned)
+        self._spent += alpha
+        bounds = drop_bounds(tasks, pooled, alpha, soft=kind == "look")
+        report = Report(
+            step=step,
+            kind=kind,
+            tasks=tasks,
+            pooled=pooled,
+            drop_bounds=bounds,
+            alpha=alpha,
+            alarms=[name for name, lower in bounds.items() if lower > self.tolerance],
+            seconds=time.perf_counter() - start,
+        )
+        self.history.append(report)
+        return report
+
+    def _base_scores(
+        self, scorer: Scorer, model: Mapping[str, Sequence[ItemScore]], picked: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[ItemScore]]:
+        """The base's scores of the same items, from the cache where that is exact.
+
+        In 16 bits a score depends a little on what shared its batch; there the base is asked in the very
+        batches of the model. In 32 bits only unseen items are asked.
+        """
+        if scorer.exact:
+            ask = {n: [s.doc_id for s in found if (n, *s.key) not in self._base] for n, found in model.items()}
+        else:
+            ask = {name: list(ids) for name, ids in picked.items()}
+        if any(ask.values()):
+            with disable_adapters(scorer.module):
+                for name, found in scorer.score(self.tasks, ask).items():
+                    self._base.update({(name, *score.key): score for score in found})
+        return {name: [self._base[(name, *score.key)] for score in found] for name, found in model.items()}
+
+
+def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport:
+    """The paired statistics of one task.
+
+    Args:
+        model: the model's scores.
+        base: the base's, of the same items in the same order.
+    """
+    return compare_pooled([(model, base)])
+
+
+def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore]]]) -> TaskReport:
+    """The paired statistics over the items of several tasks, every item with the same weight.
+
+    Soft accuracy is scaled within each task, since margins of different tasks are of different sizes.
+
+    Args:
+        tasks: scores of model and base, by task.
+    """
+    correct = [s.correct for model, _ in tasks for s in model]
+    correct_base = [s.correct for _, base in tasks for s in base]
+    soft = [x for model, _ in tasks for x in statistics.soft_accuracy([s.margin for s in model])]
+    soft_base = [x for _, base in tasks for x in statistics.soft_accuracy([s.margin for s in base])]
+    delta, delta_se = statistics.paired_difference(correct, correct_base)
+    soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base)
+    lost, gained = statistics.flips(correct, correct_base)
+    return TaskReport(
+        acc=statistics.accuracy(correct),
+        acc_base=statistics.accuracy(correct_base),
+        delta=delta,
+        delta_se=delta_se,
+        flips_lost=lost,
+        flips_gained=gained,
+        soft_delta=soft_delta,
+        soft_delta_se=soft_delta_se,
+        n_items=len(correct),
+        p_value=statistics.mcnemar_p(lost, gained),
+    )
+
+
+def drop_bounds(tasks: Mapping[str, TaskReport], pooled: TaskReport, alpha: float, soft: bool) -> dict[str, float]:
+    """Lower confidence bounds of the drop of all items together and of each task, alpha shared among them.
+
+    Args:
+        tasks: reports by task.
+        pooled: the report of all items together; with one task it is that task's, and only one test is made.
+        alpha: error probability of all bounds together.
+        soft: take soft accuracy instead of accuracy.
+    """
+    tested = {POOLED: pooled, **(tasks if len(tasks) > 1 else {})}
+    bounds = {}
+    for name, found in tested.items():
+        delta, se = (found.soft_delta, found.soft_delta_se) if soft else (found.delta, found.delta_se)
+        bounds[name] = statistics.drop_bound(delta, se, found.n_items, alpha / len(tested)).lower
+    return bounds
+
+
+def check_levels(tolerance: float, alpha: float) -> None:
+    """Refuse a tolerance or an alpha out of range.
+
+    Raises:
+        ConfigError: unless 0 <= tolerance < 1 and 0 < alpha < 1.
+    """
+    if not 0.0 <= tolerance < 1.0:
+        raise ConfigError(f"`tolerance` is a drop of accuracy in [0, 1), 0.005 for half a point: got {tolerance}.")
+    if not 0.0 < alpha < 1.0:
+        raise ConfigError(f"`alpha` is an error probability in (0, 1), such as 0.05: got {alpha}.")
+
+
+def _check_identity(
+    module: nn.Module, model: Mapping[str, Sequence[ItemScore]], base: Mapping[str, Sequence[ItemScore]]
+) -> None:
+    """While nothing has been trained, adapters on and off must be one model, bit for bit."""
+    if not all(adapter.untrained() for _, adapter in adapter_modules(module)):
+        return
+    pairs = [(m, b) for name in model for m, b in zip(model[name], base[name], strict=True)]
+    differing = [(m, b) for m, b in pairs if m.loglikelihoods != b.loglikelihoods]
+    if differing:
+        most = max(abs(x - y) for m, b in differing for x, y in zip(m.loglikelihoods, b.loglikelihoods, strict=True))
+        _notice(
+            f"Forgetting: the adapters are untrained, yet {len(differing)} of {len(pairs)} items score otherwise with "
+            f"adapters on than off (by up to {most:.2g} nats). Either the model computes differently from call to call "
+            f"(a nondeterministic kernel, a random layer in eval mode), or something else than the adapters changed."
+        )
+
+
+def _notice(text: str) -> None:
+    """A warning, from one rank: all of them come to it."""
+    if rank_and_world()[0] == 0:
+        warnings.warn(text, Notice, stacklevel=3)

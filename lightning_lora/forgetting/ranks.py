@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks: how processes that train together also look, agree and fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lightning_lora.errors import TaskError
+
+T = TypeVar("T")
+
+_HEARD = "heard_by_every_rank"  # on an exception: all ranks know of it and stop
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) when nothing is distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's ``value``, in order of ranks, on every rank.
+
+    Args:
+        value: anything that can be pickled.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value: T) -> T:
+    """Rank 0's ``value``, on every rank: a decision that all must take alike.
+
+    Args:
+        value: anything that can be pickled; what other ranks give is not used.
+    """
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """A block that fails on every rank when it fails on one, so that nobody waits for a rank that is gone.
+
+    Blocks may be nested: an error that every rank has heard of passes the outer block without another word.
+
+    Args:
+        doing: what the block does, for the message on the ranks that had no error of their own.
+
+    Raises:
+        TaskError: on the ranks whose own block went well. The others raise their own error.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, _HEARD, False):
+            raise
+        own = error
+    said = gather(None if own is None else f"{type(own).__name__}: {own}")
+    failed = {rank: text for rank, text in enumerate(said) if text is not None}
+    if own is None and failed:
+        rank, text = next(iter(failed.items()))
+        own = TaskError(f"Rank {rank} failed while {doing}, so every rank stops. Its error: {text}")
+    if own is not None:
+        setattr(own, _HEARD, True)
+        raise own

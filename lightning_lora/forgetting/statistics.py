@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Paired statistics of forgetting: pure functions over one number an item, for the model and for its base.
+
+Every item :math:`i` is scored twice on the same prompt: by the base and by the model. The sign says what happened to
+the model: a negative difference is forgetting.
+
+.. math::
+    d_i = c_i - c_i^{base}, \qquad
+    \Delta = \frac{1}{n} \sum_i d_i, \qquad
+    SE(\Delta) = \frac{sd(d)}{\sqrt{n}}
+
+:math:`c_i` is 1 for a right answer and 0 for a wrong one (accuracy), or its soft form in [0, 1].
+Pairing removes what items differ in from each other: for a drop of one point with one answer in ten changed it needs a
+fifth of the items that two separate accuracies need (E. Miller, "Adding Error Bars to Evals", arXiv 2411.00640).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from lightning_lora.errors import ConfigError
+
+
+def accuracy(correct: Sequence[float]) -> float:
+    """Share of items answered right, in [0, 1]; NaN without items.
+
+    Args:
+        correct: 1 or 0 for each item.
+    """
+    return math.fsum(correct) / len(correct) if len(correct) else math.nan
+
+
+def paired_difference(model: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    r"""Mean of the per-item differences ``model - base`` and its standard error.
+
+    .. math:: \Delta = \bar d, \qquad SE = \sqrt{\frac{\sum_i (d_i - \bar d)^2}{n (n - 1)}}
+
+    Finite by rule: when no item differs, both are exactly 0 (this is so at step 0, where model and base are one); a
+    single item, whose spread cannot be seen, has the largest error that values in [0, 1] allow, 1.
+
+    Args:
+        model: a value in [0, 1] for each item, of the model.
+        base: the same items' values of the base, in the same order.
+
+    Returns:
+        The difference and its standard error, in the unit of the values (shares of items for 0/1 values).
+
+    Raises:
+        ConfigError: if the two do not have the same number of items, or none.
+    """
+    n = _paired_length(model, base)
+    differences = [m - b for m, b in zip(model, base, strict=True)]
+    mean = math.fsum(differences) / n
+    if n == 1:
+        return mean, 1.0
+    squares = math.fsum((d - mean) ** 2 for d in differences)
+    return mean, math.sqrt(squares / (n * (n - 1)))
+
+
+def flips(model: Sequence[float], base: Sequence[float]) -> tuple[int, int]:
+    """How many items were lost (base right, model wrong) and gained (base wrong, model right).
+
+    Args:
+        model: 1 or 0 for each item, of the model.
+        base: 1 or 0 for each item, of the base, in the same order.
+
+    Raises:
+        ConfigError: if the two do not have the same number of items, or none.
+    """
+    _paired_length(model, base)
+    pairs = list(zip(model, base, strict=True))
+    return sum(b > m for m, b in pairs), sum(m > b for m, b in pairs)
+
+
+def mcnemar_p(lost: int, gained: int) -> float:
+    r"""Exact two-sided p-value of McNemar's test that answers are lost as often as gained.
+
+    Under the null each of the :math:`k = lost + gained` changed answers is a fair coin, so
+
+    .. math:: p = \min\left(1,\; 2 \sum_{j=0}^{\min(lost, gained)} \binom{k}{j} 2^{-k}\right)
+
+    summed from the largest term in logarithms, so that no count overflows. Without a changed answer p is 1.
+
+    Args:
+        lost: items that the base answered right and the model wrong.
+        gained: items that the base answered wrong and the model right.
+
+    Raises:
+        ConfigError: for a negative count.
+    """
+    if lost < 0 or gained < 0:
+        raise ConfigError(f"mcnemar_p counts items: got lost={lost}, gained={gained}; both must be 0 or more.")
+    k, smaller = lost + gained, min(lost, gained)
+    if k == 0:
+        return 1.0
+
+    def log_choose(j: int) -> float:
+        return math.lgamma(k + 1) - math.lgamma(j + 1) - math.lgamma(k - j + 1)
+
+    largest = log_choose(smaller)
+    tail = math.fsum(math.exp(log_choose(j) - largest) for j in range(smaller + 1))
+    return min(1.0, 2.0 * math.exp(largest - k * math.log(2.0)) * tail)
+
+
+def soft_accuracy(margins: Sequence[float], bandwidth: float = 0.5) -> list[float]:
+    r"""Each item's accuracy made smooth, on a scale that the model's confidence does not move.
+
+    .. math:: s_i = \sigma\left(1.702\, \frac{m_i}{h \, sd(m)}\right), \qquad \sigma(x) = \frac{1}{1 + e^{-x}}
+
+    :math:`m_i` is the log-likelihood of the right choice less that of the best wrong one. The constant makes the
+    logistic curve stand for the normal one. Multiplying every margin by one factor (a model that becomes more or less
+    confident and answers the same) changes nothing; a raw probability would call that forgetting. A drop needs several
+    times fewer items to be seen than in 0/1 accuracy.
+
+    Where the margins have no spread (one item, or all alike) the curve is the step: 1 above 0, 0 below, one
+    half at 0. An item without a number (a model that has diverged) counts 0.
+
+    Args:
+        margins: margin of each item of one model [nats].
+        bandwidth: h, in standard deviations of the margins.
+
+    Returns:
+        A value in [0, 1] for each item.
+    """
+    finite = [m for m in margins if math.isfinite(m)]
+    mean = math.fsum(finite) / len(finite) if finite else 0.0
+    variance = math.fsum((m - mean) ** 2 for m in finite) / len(finite) if finite else 0.0
+    scale = bandwidth * math.sqrt(variance)
+    # Rounding alone gives equal margins a spread near 1e-16 of their size; that is none.
+    step = not scale > 1e-12 * max(1.0, abs(mean))
+    return [_soft_item(m, step, scale) for m in margins]
+
+
+def _soft_item(margin: float, step: bool, scale: float) -> float:
+    if math.isnan(margin):
+        return 0.0
+    if step or math.isinf(margin):
+        return 0.5 * (1.0 + (margin > 0) - (margin < 0))
+    return _sigmoid(1.702 * margin / scale)
+
+
+@dataclass(frozen=True)
+class DropBound:
+    """What a look knows of a drop below the base, with the error probability that it may spend.
+
+    Args:
+        drop: base minus model, above 0 for forgetting [share of items].
+        lower: one-sided lower confidence bound of the drop [share of items].
+        alpha: error probability of this bound.
+    """
+
+    drop: float
+    lower: float
+    alpha: float
+
+
+def drop_bound(delta: float, delta_se: float, n_items: int, alpha: float) -> DropBound:
+    r"""One-sided lower confidence bound of the drop :math:`-\Delta`.
+
+    .. math:: lower = -\Delta - z_{1-\alpha} \max(SE, 1/n)
+
+    The floor :math:`1/n` is the error of one changed answer among n: a handful of items that happen to agree does not
+    pass for certainty.
+
+    Args:
+        delta: mean paired difference, model less base [share of items].
+        delta_se: its standard error.
+        n_items: number of items.
+        alpha: probability, at most, that a true drop lies below the bound; between 0 and 1.
+
+    Raises:
+        ConfigError: for an alpha outside (0, 1) or no items.
+    """
+    if not 0.0 < alpha < 1.0 or n_items < 1:
+        raise ConfigError(f"drop_bound needs alpha in (0, 1) and items: got alpha={alpha}, n_items={n_items}.")
+    return DropBound(-delta, -delta - NormalDist().inv_cdf(1.0 - alpha) * max(delta_se, 1.0 / n_items), alpha)
+
+
+def spend(remaining: float, look: int, planned: int | None = None) -> float:
+    r"""How much of the remaining error probability the next look may spend.
+
+    Looks at one run are many chances of a false alarm; the shares add up to at most alpha over all of them
+    (Bonferroni). With K looks planned every look gets the same, and with an open end a falling series:
+
+    .. math:: \alpha_k = \frac{\alpha}{K} \qquad or \qquad \alpha_k = \frac{\alpha}{k (k + 1)}
+
+    Both are written as shares of what remains, :math:`1/(K - k + 1)` and :math:`1/(k + 1)`, so that a plan that changes
+    in mid-run (a longer resume) still never spends more than alpha.
+
+    Args:
+        remaining: alpha less what earlier looks spent.
+        look: number of this look, from 1.
+        planned: how many looks the run will take in all; None when nobody knows.
+
+    Raises:
+        ConfigError: if ``look`` is below 1.
+    """
+    if look < 1:
+        raise ConfigError(f"spend counts looks from 1: got look={look}.")
+    if planned is not None and planned >= look:
+        return remaining / (planned - look + 1)
+    return remaining / (look + 1)
+
+
+def _paired_length(model: Sequence[float], base: Sequence[float]) -> int:
+    if len(model) != len(base) or not len(model):
+        raise ConfigError(
+            f"Paired statistics need the same items of model and base, at least one: got {len(model)} and {len(base)}."
+        )
+    return len(model)
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: lm-eval's multiple-choice tasks by name, YAML path or dict, loaded once before training.
+
+They stand as `lm_eval.simple_evaluate` makes them: its few-shot setting, its few-shot seed, and for each document the
+examples that a pass over the whole task gives it, whichever documents a look takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_lora.errors import MissingDependencyError, TaskError
+from lightning_lora.forgetting import sources
+from lightning_lora.forgetting.catalogue import Catalogue, leaf_configs
+from lightning_lora.rng import preserve_rng
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+TaskSpec = str | Path | Mapping[str, Any]
+
+#: The seed that `lm_eval.simple_evaluate` gives to few-shot sampling.
+FEWSHOT_SEED = 1234
+
+#: The name under which all tasks together are reported; no task may have it.
+POOLED = "pooled"
+
+
+@dataclass
+class LoadedTask:
+    """A task whose documents are in memory.
+
+    Args:
+        name: its name, as lm-eval reports it.
+        task: lm-eval's object.
+        n_docs: number of documents.
+        shots: the few-shot examples of each document; None for a task without.
+    """
+
+    name: str
+    task: Task
+    n_docs: int
+    shots: ReplayedShots | None = None
+
+    def choose(self, ids: Sequence[int]) -> None:
+        """Make ready for a pass over the documents ``ids`` (ascending)."""
+        if self.shots is not None:
+            self.shots.choose(ids)
+
+    def gold(self, doc: Mapping[str, Any], target: Any) -> frozenset[int]:
+        """Indices of the right choices of a document; empty when its label names none of them."""
+        label = self.task.doc_to_text(doc) if getattr(self.task, "multiple_input", 0) else target
+        choices = self.task.doc_to_choice(doc)
+        labels = label if isinstance(label, list) else [label]
+        indices = (choices.index(x) if isinstance(x, str) and x in choices else x for x in labels)
+        return frozenset(i for i in indices if isinstance(i, int) and 0 <= i < len(choices))
+
+
+class ReplayedShots:
+    """Stands for a task's sampler: each document gets the examples that a pass over the whole task gives it.
+
+    A sampler draws on from its random state, so the examples of a document depend on how many documents came before
+    it. A look takes some documents only, and base and model must see one prompt.
+
+    Args:
+        per_doc: the examples of each document.
+    """
+
+    def __init__(self, per_doc: Sequence[Sequence[dict[str, Any]]]) -> None:
+        self._per_doc = per_doc
+        self._coming: Iterator[int] = iter(range(len(per_doc)))
+
+    def choose(self, ids: Sequence[int]) -> None:
+        """The documents whose examples are asked for next, in this order."""
+        self._coming = iter(ids)
+
+    def sample(self, n: int, *args: Any, **kwargs: Any) -> Sequence[dict[str, Any]]:
+        """The ``n`` examples of the next document."""
+        return self._per_doc[next(self._coming)][:n]
+
+    def set_rnd(self, rnd: int | None) -> ReplayedShots:
+        """Nothing is drawn any more."""
+        return self
+
+
+def load_tasks(
+    specs: TaskSpec | Sequence[TaskSpec],
+    num_fewshot: int | None = None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
+) -> dict[str, LoadedTask]:
+    """Load tasks and hold every document of theirs; Python's random state is left as it was.
+
+    Args:
+        specs: names (tasks, groups, tags), paths of YAML files, or dicts with lm-eval's task keys, mixed freely.
+            Relative ``data_files`` of a YAML file are looked for beside it first.
+        num_fewshot: few-shot examples in each prompt; None for what the task says. A task that says 0 keeps 0.
+        include_path: folders of task YAML files, searched before lm-eval's own.
+
+    Returns:
+        The tasks by name, groups taken apart.
+
+    Raises:
+        TaskError: for an unknown task, one that is not multiple choice, documents that cannot be had or are broken.
+        MissingDependencyError: when lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            "Measuring forgetting needs `lm-eval`, which is not installed: pip install 'lightning-lora[eval]'"
+        )
+    given = [specs] if isinstance(specs, str | Path | Mapping) else list(specs)
+    if not given:
+        raise TaskError("`tasks` is empty: give at least one task name, YAML path or dict.")
+    loaded: dict[str, LoadedTask] = {}
+    asked_hub = False
+    with preserve_rng(), without_bars():
+        catalogue = Catalogue(include_path)
+        for spec in given:
+            manager, entry, configs = _resolve(spec, catalogue)
+            for config in configs:
+                _refuse_other_kinds(config)
+                sources.check_files(str(config.get("task")), config)
+                if not asked_hub and sources.needs_hub(config):
+                    sources.require_hub(str(config.get("task")))
+                    asked_hub = True
+            for name, task in _build(manager, entry).items():
+                if name in loaded:
+                    raise TaskError(f"`tasks` has {name!r} twice.")
+                if name == POOLED:
+                    raise TaskError(f"A task named {name!r} cannot be told from all tasks together. Rename it.")
+                loaded[name] = _prepare(name, task, num_fewshot)
+    return loaded
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide progress bars written to stderr inside; other text passes. lm-eval's own switch does not reach all."""
+    before = sys.stderr
+    with contextlib.redirect_stderr(_NoBars(before)):
+        yield
+
+
+class _NoBars(io.TextIOBase):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._after_bar = False
+
+    def write(self, text: str) -> int:
+        bar = "\r" in text or "\x1b[A" in text or (self._after_bar and not text.strip())
+        self._after_bar = bar
+        if not bar:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _resolve(spec: TaskSpec, catalogue: Catalogue) -> tuple[TaskManager, str | dict[str, Any], list[Mapping[str, Any]]]:
+    """The manager that can build ``spec``, what to give it, and the configurations of the tasks inside."""
+    from lm_eval.tasks import TaskManager
+
+    if isinstance(spec, Mapping):
+        if "task" not in spec:
+            raise TaskError(f"A task given as a dict needs the key `task`, its name: got keys {sorted(spec)}.")
+        return TaskManager(include_defaults=False), dict(spec), [spec]
+    path = Path(spec).expanduser()
+    if path.suffix in (".yaml", ".yml") or isinstance(spec, Path):
+        return _from_yaml(path, TaskManager(include_defaults=False))
+    manager = catalogue.find(str(spec))
+    entry = manager.task_index[str(spec)]
+    if entry.kind.name == "TASK" and any(sources.data_files(entry.cfg or {})):
+        return _from_yaml(entry.yaml_path, manager)
+    return manager, str(spec), list(leaf_configs(str(spec), manager.task_index))
+
+
+def _from_yaml(path: Path, manager: TaskManager) -> tuple[TaskManager, str | dict[str, Any], list[Mapping[str, Any]]]:
+    from lm_eval.tasks.manager import load_yaml
+
+    if not path.is_file():
+        raise TaskError(f"Task file {str(path)!r} does not exist (looked from {Path.cwd()}).")
+    try:
+        config = load_yaml(path)
+    except Exception as error:
+        raise TaskError(f"Task file {path} cannot be read: {type(error).__name__}: {error}") from error
+    if isinstance(config.get("task"), list) or "group" in config:
+        raise TaskError(
+            f"Task file {path} is a group. Give its tasks' files one by one, or its folder as `include_path` and "
+            f"the group's name in `tasks`."
+        )
+    if "task" not in config:
+        raise TaskError(f"Task file {path} has no key `task`, the task's name: got keys {sorted(config)}.")
+    config = sources.anchor_data_files(config, path.resolve().parent)
+    return manager, config, [config]
+
+
+def _build(manager: TaskManager, entry: str | dict[str, Any]) -> dict[str, Task]:
+    name = entry if isinstance(entry, str) else entry["task"]
+    log.info("Loading task %s", name)
+    try:
+        return manager.load([entry])["tasks"]
+    except Exception as error:
+        way_out = f" {sources.WAY_OUT}" if isinstance(error, ConnectionError) else ""
+        cause = f" (from {type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        raise TaskError(f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}{cause}.{way_out}") from error
+
+
+def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
+    kind = config.get("output_type", "generate_until" if "class" not in config else "multiple_choice")
+    if kind != "multiple_choice":
+        raise TaskError(
+            f"Task {config.get('task')!r} has output_type {kind!r}; forgetting is measured on multiple_choice tasks "
+            f"only, where base and model can be compared item by item on the log-likelihoods of the choices."
+        )
+
+
+def _prepare(name: str, task: Task, num_fewshot: int | None) -> LoadedTask:
+    if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
+        _refuse_other_kinds({"task": name, "output_type": getattr(task, "OUTPUT_TYPE", None)})
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    docs = list(task.eval_docs)
+    if not docs:
+        raise TaskError(f"Task {name!r} has no documents in the split that it is evaluated on.")
+    loaded = LoadedTask(name, task, len(docs))
+    shots = task.get_config("num_fewshot")
+    if shots:
+        loaded.shots = task.sampler = _replay_shots(name, task, docs, shots)
+    origin = {key: task.get_config(key) for key in ("dataset_path", "dataset_kwargs", "custom_dataset")}
+    if not sources.needs_hub(origin):
+        _check_documents(loaded, docs)
+    _hold(task, docs)
+    return loaded
+
+
+def _replay_shots(name: str, task: Task, docs: list[dict[str, Any]], shots: int) -> ReplayedShots:
+    """Draw the examples of every document in order, as one pass over the task does."""
+    same_split = task.fewshot_cfg.split == task.config.test_split
+    try:
+        drawn = [list(task.sampler.sample(n=shots, eval_doc=doc if same_split else None)) for doc in docs]
+    except (AssertionError, ValueError) as error:
+        raise TaskError(f"Task {name!r} cannot draw {shots} few-shot examples: {error} Lower `num_fewshot`.") from error
+    return ReplayedShots(drawn)
+
+
+def _check_documents(loaded: LoadedTask, docs: list[dict[str, Any]]) -> None:
+    """Every document of a local task must have a prompt, choices and a right one among them."""
+    for number, doc in enumerate(docs, start=1):
+        try:
+            loaded.task.doc_to_text(doc)
+            choices = loaded.task.doc_to_choice(doc)
+            gold = loaded.gold(doc, loaded.task.doc_to_target(doc))
+            if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+                problem = f"its choices are no list of texts: {choices!r}"
+            elif len(choices) < 2:
+                problem = f"it has {len(choices)} choice(s); two are the least"
+            else:
+                problem = "" if gold else "its label names none of its choices"
+        except Exception as error:  # templates and the task's own functions fail in their own ways
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise TaskError(
+                f"Task {loaded.name!r}, item {number} of {len(docs)}: {problem}. The item: {str(doc)[:200]}"
+            )
+
+
+def _hold(task: Task, docs: list[dict[str, Any]]) -> None:
+    """Keep the processed documents, so that a look neither reads them from disk nor processes them again."""
+    split = task.get_config("test_split") or task.get_config("validation_split")
+    if split is not None and isinstance(getattr(task, "dataset", None), Mapping):
+        task.dataset = {split: docs}
+        task.set_config(key="process_docs", value=None)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's plots and tables."""
+
+from lightning_lora.reporting.forgetting import plot_forgetting
+
+__all__ = ["plot_forgetting"]

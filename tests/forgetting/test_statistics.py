@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statistics against numpy, scipy and their own laws."""
+
+from __future__ import annotations
+
+import math
+import statistics as stdlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.forgetting import statistics as stats
+
+answers = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=60)
+values = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=60)
+margins = st.lists(st.floats(-50, 50, allow_subnormal=False), min_size=1, max_size=60)
+
+
+@given(values)
+def test_paired_difference_is_numpys(pairs: list[tuple[float, float]]) -> None:
+    model, base = (np.array(x) for x in zip(*pairs, strict=True))
+    delta, se = stats.paired_difference(list(model), list(base))
+    d = model - base
+    assert delta == pytest.approx(d.mean(), abs=1e-12)
+    assert se == pytest.approx(d.std(ddof=1) / math.sqrt(len(d)), abs=1e-9)
+
+
+@given(answers)
+def test_paired_difference_and_flips_change_sides_with_their_arguments(pairs: list[tuple[float, float]]) -> None:
+    model, base = map(list, zip(*pairs, strict=True))
+    delta, se = stats.paired_difference(model, base)
+    lost, gained = stats.flips(model, base)
+    assert stats.paired_difference(base, model) == (pytest.approx(-delta), pytest.approx(se))
+    assert stats.flips(base, model) == (gained, lost)
+    assert delta == pytest.approx((gained - lost) / len(pairs))
+    assert delta == pytest.approx(stats.accuracy(model) - stats.accuracy(base))
+    assert math.isfinite(se)
+
+
+def test_paired_difference_without_a_difference_is_exactly_zero() -> None:
+    assert stats.paired_difference([1, 0, 1], [1, 0, 1]) == (0.0, 0.0)
+
+
+def test_paired_difference_of_one_item_knows_nothing_of_its_error() -> None:
+    assert stats.paired_difference([1], [0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("model", "base"), [([1.0], [1.0, 0.0]), ([], [])])
+def test_paired_statistics_refuse_unpaired_items(model: list[float], base: list[float]) -> None:
+    with pytest.raises(ConfigError, match=f"got {len(model)} and {len(base)}"):
+        stats.paired_difference(model, base)
+    with pytest.raises(ConfigError, match="same items"):
+        stats.flips(model, base)
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_mcnemar_is_scipys_exact_binomial_test(lost: int, gained: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert stats.mcnemar_p(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_stands_large_counts() -> None:
+    assert 0.0 < stats.mcnemar_p(10_000, 10_500) < 0.001
+    with pytest.raises(ConfigError, match="lost=-1"):
+        stats.mcnemar_p(-1, 0)
+
+
+@given(margins, st.floats(0.1, 10))
+def test_soft_accuracy_does_not_see_the_models_confidence(found: list[float], factor: float) -> None:
+    soft = stats.soft_accuracy(found)
+    scaled = stats.soft_accuracy([factor * m for m in found])
+    assert all(0.0 <= s <= 1.0 for s in soft)
+    # Near the border where no spread is left the curve turns into a step; away from it, it is one curve.
+    if stdlib.pstdev(found) > 1e-6:
+        assert scaled == pytest.approx(soft, abs=1e-6)
+
+
+@given(margins)
+def test_soft_accuracy_keeps_order_and_side(found: list[float]) -> None:
+    soft = stats.soft_accuracy(found)
+    for m, s in zip(found, soft, strict=True):
+        assert (s >= 0.5) if m > 0 else (s <= 0.5) if m < 0 else s == 0.5
+    order = sorted(range(len(found)), key=found.__getitem__)
+    assert all(soft[a] <= soft[b] for a, b in zip(order, order[1:], strict=False))
+
+
+def test_soft_accuracy_is_the_stated_curve() -> None:
+    found = [-2.0, 0.5, 1.0, 3.0]
+    scale = 0.5 * np.std(found)
+    expected = 1 / (1 + np.exp(-1.702 * np.array(found) / scale))
+    assert stats.soft_accuracy(found) == pytest.approx(list(expected))
+
+
+def test_soft_accuracy_without_spread_is_a_step() -> None:
+    assert stats.soft_accuracy([]) == []
+    assert stats.soft_accuracy([2.0]) == [1.0]
+    assert stats.soft_accuracy([-0.1, -0.1]) == [0.0, 0.0]
+    assert stats.soft_accuracy([0.0]) == [0.5]
+
+
+def test_soft_accuracy_of_a_diverged_model_is_zero() -> None:
+    soft = stats.soft_accuracy([math.nan, 1.0, 2.0, math.inf, -math.inf])
+    assert soft[0] == 0.0
+    assert soft[3:] == [1.0, 0.0]
+    assert soft[1:3] == stats.soft_accuracy([1.0, 2.0])
+
+
+def test_drop_bound_holds_its_error_probability() -> None:
+    """Without a drop the bound lies above 0 in at most alpha of many made-up looks."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(400):
+        base = (rng.random(200) < 0.6).astype(float)
+        changed = rng.random(200) < 0.1
+        model = np.where(changed, rng.random(200) < 0.6, base).astype(float)
+        delta, se = stats.paired_difference(list(model), list(base))
+        alarms += stats.drop_bound(delta, se, 200, alpha=0.05).lower > 0
+    assert alarms / 400 < 0.08
+
+
+def test_drop_bound_finds_a_drop_but_not_in_a_handful_of_items() -> None:
+    assert stats.drop_bound(-0.10, 0.02, 500, 0.05).lower == pytest.approx(0.10 - 1.6449 * 0.02, abs=1e-4)
+    assert stats.drop_bound(-0.5, 0.0, 2, 0.05).lower < 0
+
+
+@pytest.mark.parametrize(("alpha", "n"), [(0.0, 5), (1.0, 5), (0.05, 0)])
+def test_drop_bound_refuses_what_it_cannot_use(alpha: float, n: int) -> None:
+    with pytest.raises(ConfigError, match="drop_bound needs alpha"):
+        stats.drop_bound(0.0, 0.1, n, alpha)
+
+
+@given(st.floats(1e-4, 0.5), st.lists(st.one_of(st.none(), st.integers(1, 40)), min_size=1, max_size=40))
+def test_spend_never_spends_more_than_alpha_whatever_the_plan(alpha: float, plans: list[int | None]) -> None:
+    spent = 0.0
+    for look, planned in enumerate(plans, start=1):
+        share = stats.spend(alpha - spent, look, planned)
+        assert share >= 0
+        spent += share
+    assert spent <= alpha * (1 + 1e-9)
+
+
+def test_spend_is_bonferroni_with_a_plan_and_a_falling_series_without() -> None:
+    spent = 0.0
+    for look in range(1, 6):
+        share = stats.spend(0.05 - spent, look, planned=5)
+        assert share == pytest.approx(0.05 / 5)
+        spent += share
+    spent = 0.0
+    for look in range(1, 6):
+        share = stats.spend(0.05 - spent, look)
+        assert share == pytest.approx(0.05 / (look * (look + 1)))
+        spent += share
+    with pytest.raises(ConfigError, match="look=0"):
+        stats.spend(0.05, 0)

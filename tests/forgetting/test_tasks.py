@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading tasks: by name, path and dict, and what is said when one cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lora.errors import TaskError
+from lightning_lora.forgetting.catalogue import Catalogue
+from lightning_lora.forgetting.tasks import load_tasks
+from tests.forgetting import tiny
+
+
+def inline(path: Path, name: str = "inline", **changes: Any) -> dict[str, Any]:
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        **changes,
+    }
+
+
+def test_yaml_dict_and_name_load_together(task_folder: Path) -> None:
+    specs = [str(task_folder / "alpha.yaml"), inline(task_folder / "beta.jsonl"), "beta"]
+    tasks = load_tasks(specs, include_path=str(task_folder))
+    assert {name: task.n_docs for name, task in tasks.items()} == {"alpha": 40, "inline": 20, "beta": 20}
+
+
+def test_group_of_ones_own_is_taken_apart(task_folder: Path, tmp_path: Path) -> None:
+    for name in ("alpha", "beta"):
+        for suffix in (".yaml", ".jsonl"):
+            (tmp_path / f"{name}{suffix}").write_text((task_folder / f"{name}{suffix}").read_text())
+        text = (tmp_path / f"{name}.yaml").read_text().replace(f"{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [alpha, beta]\n")
+    assert list(load_tasks("both", include_path=tmp_path)) == ["alpha", "beta"]
+    with pytest.raises(TaskError, match="is a group.*include_path"):
+        load_tasks(str(tmp_path / "both.yaml"))
+
+
+def test_loading_leaves_the_random_state_and_prints_no_bars(
+    task_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = random.getstate()
+    load_tasks(str(task_folder / "alpha.yaml"))
+    assert random.getstate() == before
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_unknown_name_gives_the_nearest() -> None:
+    with pytest.raises(TaskError, match="'helaswag' is unknown to lm-eval.*Near names: hellaswag"):
+        load_tasks("helaswag")
+
+
+def test_unknown_name_in_a_folder_of_ones_own(task_folder: Path) -> None:
+    catalogue = Catalogue(task_folder, shipped=task_folder / "nothing")
+    assert "alpha" in catalogue.names()
+    with pytest.raises(TaskError, match="include_path: .* is no folder"):
+        Catalogue(task_folder / "nothing")
+
+
+def test_shipped_names_are_found_without_the_full_index() -> None:
+    catalogue = Catalogue()
+    for name in ("arc_easy", "winogrande", "mmlu_stem"):
+        index = catalogue.find(name).task_index
+        assert name in index
+        assert len(index) < 500  # the full index has more than ten thousand
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "broken.jsonl is empty"),
+        (
+            '{"context": "a", "choices": ["b", "c"], "gold": 0}\n{"context": "a", "choi',
+            "broken.jsonl, line 2 is no JSON",
+        ),
+        ('{"context": "a", "choices": ["b", "c"], "gold": 0}\n[1, 2]\n', "line 2 is a JSON list, not an object"),
+        ("[]", "'inline'"),
+        ('{"context": "a", "gold": 0}\n', "'inline'"),
+        (
+            '{"context": "a", "choices": ["b", "c"], "gold": 0}\n{"context": "a", "choices": ["b", "c"], "gold": 7}\n',
+            "item 2 of 2: its label names none of its choices",
+        ),
+        ('{"context": "a", "choices": ["b"], "gold": 0}\n', "item 1 of 1: it has 1 choice"),
+    ],
+)
+def test_broken_file_is_named(tmp_path: Path, lines: str, message: str) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(lines)
+    with pytest.raises(TaskError, match=message):
+        load_tasks(inline(path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("missing/task.yaml", "'missing/task.yaml' does not exist"),
+        ({"dataset_path": "json"}, "needs the key `task`"),
+        ([], "`tasks` is empty"),
+        (inline(Path("gone.jsonl")), "its file 'gone.jsonl' does not exist"),
+        ({"task": "x", "output_type": "generate_until", "dataset_path": "json"}, "output_type 'generate_until'"),
+    ],
+)
+def test_bad_spec_is_refused(spec: Any, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_tasks(spec)
+
+
+def test_bad_yaml_is_refused(tmp_path: Path, task_folder: Path) -> None:
+    (tmp_path / "torn.yaml").write_text("task: [unclosed\n")
+    with pytest.raises(TaskError, match="torn.yaml cannot be read"):
+        load_tasks(str(tmp_path / "torn.yaml"))
+    (tmp_path / "anonymous.yaml").write_text("dataset_path: json\n")
+    with pytest.raises(TaskError, match="no key `task`"):
+        load_tasks(str(tmp_path / "anonymous.yaml"))
+
+
+def test_one_name_twice_or_the_pooled_name_is_refused(task_folder: Path) -> None:
+    with pytest.raises(TaskError, match="'alpha' twice"):
+        load_tasks([str(task_folder / "alpha.yaml")] * 2)
+    with pytest.raises(TaskError, match="'pooled'.*Rename"):
+        load_tasks(inline(task_folder / "alpha.jsonl", name="pooled"))
+
+
+def test_fewshot_prompts_are_those_of_a_pass_over_the_whole_task(task_folder: Path) -> None:
+    spec = inline(task_folder / "alpha.jsonl")
+    few = load_tasks(spec, num_fewshot=2)["inline"]
+    prompts = prompts_of(few, list(range(40)))
+    assert len(set(prompts)) == 40
+    few.choose([3, 17, 30])
+    assert prompts_of(few, [3, 17, 30]) == [prompts[i] for i in (3, 17, 30)]
+    with pytest.raises(TaskError, match="cannot draw 100 few-shot examples"):
+        load_tasks(spec, num_fewshot=100)
+    zero = load_tasks(inline(task_folder / "alpha.jsonl", num_fewshot=0), num_fewshot=2)["inline"]
+    assert zero.shots is None  # a task that says 0 keeps 0
+
+
+def prompts_of(task: Any, ids: list[int]) -> list[str]:
+    task.choose(ids)
+    task.task.build_all_requests(samples=ids)
+    return [request.args[0] for request in task.task.instances if request.idx == 0]
+
+
+def test_hub_out_of_reach_fails_soon_and_says_the_way_out(tmp_path: Path) -> None:
+    """Three hub tasks, a hub that is not there: one question, one error."""
+    script = (
+        "import time, json\n"
+        "from lightning_lora.forgetting.tasks import load_tasks\n"
+        "start = time.time()\n"
+        "try:\n    load_tasks(['arc_easy', 'hellaswag', 'winogrande'])\n"
+        "except Exception as error:\n    print(json.dumps([type(error).__name__, str(error), time.time() - start]))\n"
+    )
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    name, message, seconds = json.loads(done.stdout.strip().splitlines()[-1])
+    assert name == "TaskError"
+    assert "'arc_easy'" in message
+    assert "dataset_path: json" in message
+    assert "data_files" in message
+    assert "HF_HUB_OFFLINE=1" in message
+    assert seconds < 30
