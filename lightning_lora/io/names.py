@@ -27,7 +27,7 @@ def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     replaced: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
-        owner = next((o for o in _parents(name) if o in replaced), None)
+        owner = next((o for o in parents(name) if o in replaced), None)
         if owner is not None:
             if not isinstance(replaced[owner], SavedModule) or not name.startswith(f"{owner}.original."):
                 continue
@@ -87,7 +87,8 @@ def inside(name: str, prefix: str) -> str:
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
-def _parents(name: str) -> Iterator[str]:
+def parents(name: str) -> Iterator[str]:
+    """The names of the modules around the one called `name`, the outermost first."""
     parts = name.split(".")
     for count in range(1, len(parts)):
         yield ".".join(parts[:count])

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MergeOnFitEnd`: a merged model on disk when ``fit`` returns, checked against the live one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
+from lightning_lora.config import DTypeName
+from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
+from lightning_lora.io.adapter import load_adapter
+from lightning_lora.io.merge import MergeReport
+from lightning_lora.io.merged_folder import check_target, write_merged
+from lightning_lora.io.names import adapter_root
+from lightning_lora.model.apply import adapter_state_dict, is_adapted, load_adapter_state
+from lightning_lora.model.inner import is_hf_model
+from lightning_lora.nn.adapter import AdapterModule
+
+ROWS = 4  # of a training batch that a transformers model is compared on
+
+
+class MergeOnFitEnd(Callback):
+    """Writes the merged model when ``fit`` returns: a folder for ``from_pretrained``, or a plain state dict.
+
+    The live model is not changed: ``trainer.test(ckpt_path="best")`` goes on with adapters. What was written
+    is loaded back and its outputs are compared with the live model's on the first training batch; the
+    difference is printed, stored in ``merge_report.json`` and in ``callback.report``, and above the limit of
+    its dtype (fp32 1e-4, fp16 1e-2, bf16 5e-2, relative) it is an error and no folder stays. The work is done
+    on the CPU by the first process, after the Trainer has moved the model there.
+
+    After a fit that raised or was interrupted nothing is written.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LoRA(quantize="nf4"), MergeOnFitEnd("merged/")])
+
+    Args:
+        dirpath: The folder to write; it must be missing, empty, or an earlier merged model.
+        weights: "last", what training left, or "best", the best checkpoint of `AdapterCheckpoint` (or of
+            another `ModelCheckpoint`), loaded for the merge and put back.
+        base: "dequantized": a packed base is merged from the weights that the adapters were trained over.
+            "original" is not built in this version.
+        dtype: Of the written weights: "auto" (the base's own; a packed base's former), "fp32", "bf16", "fp16".
+
+    Raises:
+        ConfigError: An argument has no such value, or the model has no adapters.
+        MergeError: The folder holds something else (at fit start), or the merged model differs too much.
+        UnsupportedError: ``base="original"``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        weights: Literal["last", "best"] = "last",
+        base: Literal["dequantized", "original"] = "dequantized",
+        dtype: DTypeName = "auto",
+    ) -> None:
+        super().__init__()
+        if weights not in ("last", "best"):
+            raise ConfigError(f'`weights` must be "last" or "best", got {weights!r}')
+        if base == "original":
+            raise UnsupportedError('`base="original"` is not built in this version; use base="dequantized"')
+        if base != "dequantized":
+            raise ConfigError(f'`base` must be "dequantized", got {base!r}')
+        if dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f'`dtype` must be "auto", "fp32", "bf16" or "fp16", got {dtype!r}')
+        self.dirpath = Path(os.path.abspath(os.path.expanduser(dirpath)))
+        self.weights, self.dtype = weights, dtype
+        self.report: MergeReport | None = None
+        self._inputs = FirstInputs()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse now what could not be written at the end."""
+        if stage == "fit":
+            self.report = None
+            _on_first_process(trainer, lambda: check_target(self.dirpath))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that there will be something to merge."""
+        if not is_adapted(pl_module):
+            raise ConfigError("MergeOnFitEnd: the model has no adapters; add the `LoRA` callback")
+        if self.weights == "best" and not _checkpoints(trainer):
+            raise ConfigError('`weights="best"` needs a checkpoint callback; add AdapterCheckpoint(monitor=...)')
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the first batch."""
+        if trainer.is_global_zero:
+            self._inputs.wait(adapter_root(pl_module)[1])
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write, compare and report."""
+        self._inputs.stop()
+        if getattr(trainer, "fast_dev_run", False):
+            rank_zero_info("MergeOnFitEnd: no merged model is written with `fast_dev_run`")
+            return
+        _on_first_process(trainer, lambda: self._write(trainer, pl_module))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say that nothing is written."""
+        self._inputs.stop()
+        if trainer.state.fn == "fit":
+            kind = type(exception).__name__
+            rank_zero_info(f"MergeOnFitEnd: fit ended by {kind}, no merged model is written to {self.dirpath}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the batch."""
+        self._inputs.stop()
+        self._inputs.seen.clear()
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        notes: dict[str, Any] = {"weights": self.weights, "base": "dequantized"}
+        with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
+            self.report = write_merged(
+                pl_module,
+                self.dirpath,
+                self.dtype,
+                self._inputs.seen,
+                _find_tokenizer(pl_module, trainer),
+                {**notes, "checkpoint": source},
+            )
+        rank_zero_info(f"MergeOnFitEnd: {self.dirpath}: {self.report}")
+
+
+class FirstInputs:
+    """What the modules with adapters are called with in the first training step, copied to the CPU.
+
+    A hook a module, removed by its first call. Compiled modules get none, since a traced hook would stay:
+    they are compared on other inputs, or not at all.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[tuple, dict]] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+
+    def wait(self, root: nn.Module) -> None:
+        """Put the hooks in.
+
+        Args:
+            root: The transformers model, or the plain module whose children are watched.
+        """
+        if any(_is_compiled(name, module) for name, module in root.named_modules()):
+            return
+        for name, module in [("", root)] if is_hf_model(root) else list(_callable_children(root)):
+            hook = self._hook(name, whole=not is_hf_model(root))
+            self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Take out the hooks that are left."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str, whole: bool) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not module.training:  # a monitor's look, not a training step
+                return
+            self._handles.pop(name).remove()
+            self.seen[name] = _kept(args, kwargs, None if whole else ROWS)
+
+        return hook
+
+
+def _kept(args: tuple, kwargs: dict, rows: int | None) -> tuple[tuple, dict]:
+    """CPU copies of tensors and plain values; labels, caches and other objects left out."""
+    tensors = [v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim() > 1]
+    batch = tensors[0].shape[0] if tensors else None
+
+    def keep(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        cut = rows is not None and value.dim() > 1 and value.shape[0] == batch
+        return (value[:rows] if cut else value).detach().to("cpu", copy=True)
+
+    plain = (Tensor, int, float, bool, str, type(None))
+    named = {k: keep(v) for k, v in kwargs.items() if k != "labels" and isinstance(v, plain)}
+    return tuple(keep(value) for value in args), named
+
+
+def _callable_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost children with adapters that are called themselves, by name."""
+    for name, child in module.named_children():
+        if any(isinstance(m, AdapterModule) for m in child.modules()):
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                yield from _callable_children(child, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", child
+
+
+def _is_compiled(name: str, module: nn.Module) -> bool:
+    # `module.compile()` leaves no public mark.
+    return "_orig_mod" in name.split(".") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _checkpoints(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    """Checkpoint callbacks that know a best path: ours and monitoring ones first."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return sorted(found, key=lambda c: (not isinstance(c, AdapterCheckpoint), c.monitor is None))
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield None
+
+
+@contextmanager
+def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[str]:
+    """Inside, the module has the best checkpoint's adapters; its own are put back, on exceptions too."""
+    path = next((c.best_model_path for c in _checkpoints(trainer) if c.best_model_path), "")
+    if not path:
+        raise MergeError('`weights="best"`: no checkpoint was written in this fit; use weights="last"')
+    own = {name: tensor.clone() for name, tensor in adapter_state_dict(pl_module).items()}
+    try:
+        if os.path.isdir(adapter_path(path)):
+            load_adapter(pl_module, adapter_path(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            load_adapter_state(pl_module, state, strict=False)  # another strategy's file holds the base too
+        yield path
+    finally:
+        load_adapter_state(pl_module, own)
+
+
+def _find_tokenizer(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
+    """The tokenizer or processor that the module or the datamodule holds, if there is one."""
+    tokenizers, processors = (
+        sys.modules.get(f"transformers.{name}") for name in ("tokenization_utils_base", "processing_utils")
+    )
+    kinds = tuple(
+        getattr(module, name)
+        for module, name in ((tokenizers, "PreTrainedTokenizerBase"), (processors, "ProcessorMixin"))
+        if module is not None
+    )
+    holders = [holder for holder in (pl_module, getattr(trainer, "datamodule", None)) if holder is not None]
+    held = (value for holder in holders for value in vars(holder).values())
+    return next((value for value in held if isinstance(value, kinds)), None)
+
+
+def _on_first_process(trainer: pl.Trainer, work: Callable[[], Any]) -> None:
+    """Run `work` on the first process; every process waits for it, and raises when it failed."""
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    said = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise MergeError(f"the first process could not write the merged model: {said}")

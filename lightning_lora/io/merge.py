@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fold adapters into dense weights: in memory, or as the tensors of a plain model.
+
+Every merged weight is summed in fp32 and rounded once:
+
+    W' = round( W + strength * scaling * B A )
+
+W of a packed base is its dequantized weight, which is what the adapter was trained over. Rounding to 16 bits
+can lose much of a small update, so the error is measured layer by layer, against W' and against the update.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError, MergeError
+from lightning_lora.io.names import adapter_root, clean, parents
+from lightning_lora.model.apply import is_adapted
+from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.quantized import PackedLinear
+from lightning_lora.nn.saved import SavedModule
+
+#: Largest relative difference of logits to the live model that a merge may have, by the written dtype.
+LOGIT_LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class MergeReport:
+    """What a merge cost in accuracy.
+
+    Args:
+        layers: By layer, ``||W' - (W + dW)|| / ||W + dW||`` in fp32.
+        lost: By layer, the same difference over ``||dW||``: the share of the update that rounding took.
+        dtype: Of the merged weights.
+        logit_error: ``||merged - live|| / ||live||`` of the outputs, None where no input was at hand.
+        logit_limit: What `logit_error` may be.
+        checked_on: What the outputs were compared on.
+    """
+
+    layers: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    dtype: str = ""
+    logit_error: float | None = None
+    logit_limit: float | None = None
+    checked_on: str | None = None
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """Name and relative error of the worst layer; ``("", 0.0)`` without layers."""
+        return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
+
+    @property
+    def worst_lost(self) -> tuple[str, float]:
+        """Name and lost share of the layer whose update lost most."""
+        return max(self.lost.items(), key=lambda item: item[1], default=("", 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON's primitives."""
+        return {**asdict(self), "worst": list(self.worst), "worst_lost": list(self.worst_lost)}
+
+    def __str__(self) -> str:
+        """One line for people."""
+        text = f"{len(self.layers)} layers merged in {self.dtype}: weight error {self.worst[1]:.2e} at worst"
+        if self.worst_lost[1] > 0.01:
+            text += f", up to {self.worst_lost[1]:.1%} of an update lost to rounding ({self.worst_lost[0]})"
+        if self.logit_error is not None:
+            text += f"; outputs differ by {self.logit_error:.2e} (limit {self.logit_limit:.0e}) on {self.checked_on}"
+        return text
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None) -> MergeReport:
+    """Fold every adapter of `model` into its base, in memory, in place, layer by layer.
+
+    Each adapted layer becomes a plain linear again, a packed layer a dense one, a module of
+    ``modules_to_save`` its trained copy. What was adapted stays frozen.
+
+    Args:
+        model: A converted model, or a LightningModule around one.
+        inputs: Keyword arguments, or the one positional argument, of `model`: with them its outputs before
+            and after are compared.
+
+    Returns:
+        The report, `logit_error` in it where `inputs` were given.
+
+    Raises:
+        ConfigError: The model has no adapters.
+        MergeError: The outputs differ by more than the limit of the dtype; the model is merged then.
+    """
+    if not is_adapted(model):
+        raise ConfigError("the model has no adapters to merge")
+    before = None if inputs is None else outputs_of(model, inputs)
+    report = MergeReport()
+    dtypes = set()
+    todo = replaceable(model)[::-1]
+    while todo:  # popped one by one, so that each old weight is freed before the next one is made
+        names, module = todo.pop()
+        plain = plain_module(module)
+        if isinstance(module, LoRALinear):
+            weight: Tensor = plain.weight  # type: ignore[assignment]
+            dtypes.add(weight.dtype)
+            _measure(report, clean(names[0]), module, weight)
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, plain)
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    report.dtype = str(narrowest).removeprefix("torch.")
+    if inputs is not None and before is not None:
+        report.logit_error = relative_error(outputs_of(model, inputs), before)
+        report.logit_limit, report.checked_on = LOGIT_LIMITS[narrowest], "the given inputs"
+        check_limit(report)
+    return report
+
+
+@torch.no_grad()
+def merged_tensors(
+    model: nn.Module, dtype: str = "auto", report: MergeReport | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the plain model that `model` stands for, one at a time; nothing is changed.
+
+    Names are those inside the transformers model (of the whole module, without one). Tied tensors come
+    out as one tensor, under each of their names.
+
+    Args:
+        model: A converted model, or a LightningModule around one.
+        dtype: "auto" (each weight's own; a packed one's former), "fp32", "bf16" or "fp16".
+        report: Filled with each layer's error.
+
+    Yields:
+        Name and CPU tensor of every parameter and persistent buffer.
+    """
+    _, root = adapter_root(model)
+    wanted = None if dtype == "auto" else torch_dtype(dtype)
+    replaced = {name: module for names, module in replaceable(root) for name in names}
+    for names, module in replaceable(root):
+        if isinstance(module, LoRALinear | PackedLinear):
+            weight = merged_weight(module, wanted)
+            if report is not None and isinstance(module, LoRALinear):
+                _measure(report, clean(names[0]), module, weight)
+            weight = weight.cpu().contiguous()
+            yield from ((f"{clean(name)}.weight", weight) for name in names)
+    done: dict[int, Tensor] = {}
+    for name, tensor in root.state_dict(keep_vars=True).items():
+        plain = _plain_name(name, replaced)
+        if plain is None or not isinstance(tensor, Tensor):
+            continue
+        if id(tensor) not in done:
+            value = _strengthened(name, tensor, replaced)
+            keep = wanted is None or not value.is_floating_point()
+            done[id(tensor)] = value.to("cpu", value.dtype if keep else wanted).contiguous()
+        yield clean(plain), done[id(tensor)]
+
+
+def merged_weight(module: LoRALinear | PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight that a layer computes with, summed in fp32 and rounded once.
+
+    Args:
+        module: `LoRALinear` or `PackedLinear`.
+        dtype: Of the result; the base's own if null, that before packing for a packed one.
+    """
+    if isinstance(module, PackedLinear):
+        return module.packed.dequantize(dtype or module.packed.source_dtype)
+    base = module.base_layer
+    dtype = dtype or (base.packed.source_dtype if isinstance(base, PackedLinear) else module.weight.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    if not module.enabled or module.strength == 0.0:
+        return module.base_weight(dtype)
+    return (module.base_weight(wide) + module.delta_weight(wide)).to(dtype)
+
+
+def plain_module(module: SavedModule | LoRALinear | PackedLinear) -> nn.Module:
+    """The plain layer that an adapter module or a packed layer stands for, with its merged weight."""
+    if isinstance(module, SavedModule):
+        plain = module.trained if module.enabled else module.original
+        if module.enabled and module.strength != 1.0:
+            for name, parameter in plain.named_parameters():
+                parameter.data.copy_(torch.lerp(module.original.get_parameter(name), parameter, module.strength))
+        return plain.requires_grad_(False)
+    weight = merged_weight(module)
+    layer = module.base_layer if isinstance(module, LoRALinear) else module
+    if isinstance(layer, PackedLinear):
+        plain = _empty_linear(layer)
+        plain.register_parameter("bias", layer.bias)
+    else:  # a copy of the user's own layer, whatever else it carries, without copying its weight
+        plain = copy.copy(layer)
+        plain._parameters = dict(layer._parameters)
+    plain.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return plain.train(module.training)
+
+
+def check_limit(report: MergeReport) -> None:
+    """Refuse a merge whose outputs differ from the live model's by more than the limit.
+
+    Raises:
+        MergeError: They do, or are not finite.
+    """
+    error, limit = report.logit_error, report.logit_limit
+    if error is not None and limit is not None and not error <= limit:
+        raise MergeError(
+            f"the merged model's outputs differ from the live model's by {error:.3e}, the limit for "
+            f"{report.dtype} is {limit:.0e}; the worst layer is {report.worst[0]!r} ({report.worst[1]:.2e}). "
+            + ('Merge with dtype="fp32"' if report.dtype != "float32" else "Keep the adapter apart from the base")
+        )
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any] | Tensor | tuple[tuple, dict]) -> list[Tensor]:
+    """The floating outputs of a model in eval mode, its train flags put back.
+
+    Args:
+        model: Any module.
+        inputs: Keyword arguments, one positional argument, or ``(args, kwargs)``.
+    """
+    args: tuple
+    kwargs: Mapping[str, Any]
+    if isinstance(inputs, tuple):
+        args, kwargs = inputs
+    else:
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else ((inputs,), {})
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        out = model.eval()(*args, **kwargs)
+    finally:
+        for module, training in flags:
+            module.training = training
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(getattr(out, name, None), Tensor):
+            out = getattr(out, name)
+    return [tensor.detach().float().cpu() for tensor in _floating(out)]
+
+
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """``||actual - expected|| / ||expected||`` over all tensors together; inf where shapes differ."""
+    if [a.shape for a in actual] != [e.shape for e in expected] or not expected:
+        return float("inf")
+    difference = sum(float((a - e).double().square().sum()) for a, e in zip(actual, expected, strict=True))
+    norm = sum(float(e.double().square().sum()) for e in expected)
+    return (difference / norm) ** 0.5 if norm > 0 else difference**0.5
+
+
+def replaceable(model: nn.Module) -> list[tuple[list[str], Any]]:
+    """Modules that stand for plain ones, each once with all its names, those inside others left out."""
+    by_id: dict[int, tuple[list[str], Any]] = {}
+    outer: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(f"{o}.") for o in outer[-1:]):
+            continue
+        if isinstance(module, AdapterModule | PackedLinear):
+            outer.append(name)
+            by_id.setdefault(id(module), ([], module))[0].append(name)
+    return list(by_id.values())
+
+
+def _plain_name(name: str, replaced: Mapping[str, nn.Module]) -> str | None:
+    """The plain model's name of an entry of the state dict; None for what only the adapters have."""
+    owner = next((o for o in parents(name) if o in replaced), None)
+    if owner is None:
+        return name
+    own, module = name.removeprefix(f"{owner}."), replaced[owner]
+    if isinstance(module, SavedModule):
+        return f"{owner}.{own.removeprefix('trained.')}" if own.startswith("trained.") else None
+    return f"{owner}.bias" if own in ("bias", "base_layer.bias") else None
+
+
+def _strengthened(name: str, tensor: Tensor, replaced: Mapping[str, nn.Module]) -> Tensor:
+    """A saved module's tensor as the live model uses it: between original and trained, by its strength."""
+    tensor = tensor.detach()
+    owner = next((o for o in parents(name) if o in replaced), "")
+    module = replaced.get(owner)
+    if not isinstance(module, SavedModule):
+        return tensor
+    own = name.removeprefix(f"{owner}.trained.")
+    strength = module.strength if module.enabled else 0.0
+    if strength == 1.0 or own not in dict(module.trained.named_parameters()):
+        return tensor
+    return torch.lerp(module.original.get_parameter(own).detach(), tensor, strength)
+
+
+def _empty_linear(layer: PackedLinear) -> nn.Module:
+    """The dense layer that was packed, without values."""
+    if layer.fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            return Conv1D(layer.out_features, layer.in_features)
+    return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+
+
+def _measure(report: MergeReport, name: str, module: LoRALinear, weight: Tensor) -> None:
+    delta = module.delta_weight(torch.float32) if module.enabled else torch.zeros(())
+    exact = module.base_weight(torch.float32) + delta
+    difference = float((weight.float() - exact).norm())
+    size, update = float(exact.norm()), float(delta.norm())
+    report.layers[name] = difference / size if size > 0 else difference
+    report.lost[name] = difference / update if update > 0 else 0.0
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    """Every floating tensor in nested outputs."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _floating(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _floating(item)
