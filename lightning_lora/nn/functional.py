@@ -156,9 +156,10 @@ class _LoRALinear(torch.autograd.Function):
         with torch.autocast(ctx.device_type, enabled=False):
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
             rest = (None, dbias, None, None, None)
-            if not ctx.saved_tensors:
+            saved = ctx.saved_tensors  # read once: each access unpacks anew, a checkpoint refuses the second
+            if not saved:
                 return (dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None, None, None, *rest)
-            x, u, lora_A, lora_B = ctx.saved_tensors
+            x, u, lora_A, lora_B = saved
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in turn
                 return (*_differentiable_backward(ctx, dy, x, lora_A, lora_B), *rest)
             return (*_fused_backward(ctx, dy, x, u, lora_A, lora_B), *rest)
