@@ -109,8 +109,8 @@ def test_help_has_a_line_for_every_argument(name: str, capsys: pytest.CaptureFix
 
 
 def test_help_check_can_fail() -> None:
-    shown = "  --trainer.callbacks.init_args.r R  (type: int, default: 16)\n"
-    shown += "  --trainer.callbacks.init_args.s S  What s is for. (type: int, default: 1)\n"
+    shown = "  --trainer.callbacks.r R  (type: int, default: 16)\n"
+    shown += "  --trainer.callbacks.s S, --trainer.callbacks.s+ S\n       What s is for. (type: int, default: 1)\n"
     assert help_lines(shown) == {"r": "", "s": "What s is for."}
 
 
@@ -124,12 +124,12 @@ def arguments_of(cls: type) -> set[str]:
 
 def help_lines(shown: str) -> dict[str, str]:
     """Argument -> its help text, without jsonargparse's own note on type and default."""
-    entries = re.split(r"\n\s+(?=--)", "\n" + shown)
+    option = r"--trainer\.callbacks\.(\w+)\+? (?:\{\S+\}|[^\s,]+)"
     helped = {}
-    for entry in entries:
-        match = re.match(r"--(?:\S+\.)?init_args\.(\w+)(?:\s+\S+|=\S+)?\s*(.*)", entry, re.DOTALL)
-        if match and not match.group(1).endswith("help"):
-            text = " ".join(match.group(2).split())
+    for entry in re.split(r"\n  (?=--)", "\n" + shown):
+        match = re.match(rf"{option}(?:, {option})*\s+(.*)", entry, re.DOTALL)
+        if match:
+            text = " ".join(match.group(3).split())
             helped[match.group(1)] = re.sub(r"\((?:required, )?type: .*", "", text).strip()
     return helped
 
