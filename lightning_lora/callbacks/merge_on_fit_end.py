@@ -52,7 +52,7 @@ class MergeOnFitEnd(Callback):
             another `ModelCheckpoint`), loaded for the merge and put back.
         base: "dequantized": a packed base is merged from the weights that the adapters were trained over.
             "original" is not built in this version.
-        dtype: Of the written weights: "auto" (the base's own; a packed base's former), "fp32", "bf16", "fp16".
+        dtype: Of the written weights: "auto" (the base's own), "fp32", "bf16" or "fp16".
 
     Raises:
         ConfigError: An argument has no such value, or the model has no adapters.
@@ -97,7 +97,9 @@ class MergeOnFitEnd(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first batch."""
         if trainer.is_global_zero:
-            self._inputs.wait(adapter_root(pl_module)[1])
+            compiled = any(_is_compiled(name, module) for name, module in pl_module.named_modules())
+            if not compiled:  # a traced hook would stay: compared on other inputs, or not at all
+                self._inputs.wait(adapter_root(pl_module)[1])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, compare and report."""
@@ -136,8 +138,7 @@ class MergeOnFitEnd(Callback):
 class FirstInputs:
     """What the modules with adapters are called with in the first training step, copied to the CPU.
 
-    A hook a module, removed by its first call. Compiled modules get none, since a traced hook would stay:
-    they are compared on other inputs, or not at all.
+    A hook a module, removed by its first call.
     """
 
     def __init__(self) -> None:
@@ -150,8 +151,6 @@ class FirstInputs:
         Args:
             root: The transformers model, or the plain module whose children are watched.
         """
-        if any(_is_compiled(name, module) for name, module in root.named_modules()):
-            return
         for name, module in [("", root)] if is_hf_model(root) else list(_callable_children(root)):
             hook = self._hook(name, whole=not is_hf_model(root))
             self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)

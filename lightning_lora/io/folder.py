@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_lora.config import scaling
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError
 from lightning_lora.io.atomic import recover
-from lightning_lora.io.peft_rules import Spec, refuse_unbuilt
+from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import inner_model
@@ -57,6 +57,7 @@ class AdapterFolder:
             raise CheckpointError(f"there is no adapter folder at {path}")
         config = _read_json(path / CONFIG)
         refuse_unbuilt(config, str(path / CONFIG))
+        check_types(config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()
             hint = "; its .bin is a pickle, which is not opened: save it again as safetensors" if pickled else ""

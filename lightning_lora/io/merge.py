@@ -12,6 +12,7 @@ can lose much of a small update, so the error is measured layer by layer, agains
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -99,10 +100,11 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     before = None if inputs is None else outputs_of(model, inputs)
     report = MergeReport()
     dtypes = set()
+    dense = dense_dtype(model)
     todo = replaceable(model)[::-1]
     while todo:  # popped one by one, so that each old weight is freed before the next one is made
         names, module = todo.pop()
-        plain = plain_module(module)
+        plain = plain_module(module, dense)
         if isinstance(module, LoRALinear):
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
@@ -130,7 +132,7 @@ def merged_tensors(
 
     Args:
         model: A converted model, or a LightningModule around one.
-        dtype: "auto" (each weight's own; a packed one's former), "fp32", "bf16" or "fp16".
+        dtype: "auto" (each weight's own; a packed one's is `dense_dtype`), "fp32", "bf16" or "fp16".
         report: Filled with each layer's error.
 
     Yields:
@@ -138,10 +140,11 @@ def merged_tensors(
     """
     _, root = adapter_root(model)
     wanted = None if dtype == "auto" else torch_dtype(dtype)
+    dense = dense_dtype(root)
     replaced = {name: module for names, module in replaceable(root) for name in names}
     for names, module in replaceable(root):
         if isinstance(module, LoRALinear | PackedLinear):
-            weight = merged_weight(module, wanted)
+            weight = merged_weight(module, dense, wanted)
             if report is not None and isinstance(module, LoRALinear):
                 _measure(report, clean(names[0]), module, weight)
             weight = weight.cpu().contiguous()
@@ -158,32 +161,56 @@ def merged_tensors(
         yield clean(plain), done[id(tensor)]
 
 
-def merged_weight(module: LoRALinear | PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
+def dense_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of most of a model's frozen dense values: what its packed layers become when unpacked.
+
+    That is not always what they were packed from: Lightning's ``bf16-true`` casts the model after conversion.
+    None where nothing dense is left: each packed layer then goes back to what it was.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def merged_weight(
+    module: LoRALinear | PackedLinear, dense: torch.dtype | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """The dense weight that a layer computes with, summed in fp32 and rounded once.
 
     Args:
         module: `LoRALinear` or `PackedLinear`.
-        dtype: Of the result; the base's own if null, that before packing for a packed one.
+        dense: Dtype of the result for a packed layer; that before packing if null.
+        dtype: Dtype of the result, whatever the layer.
     """
+    base = module.base_layer if isinstance(module, LoRALinear) else module
+    if isinstance(base, PackedLinear):
+        dtype = dtype or dense or base.packed.source_dtype
     if isinstance(module, PackedLinear):
         return module.packed.dequantize(dtype or module.packed.source_dtype)
-    base = module.base_layer
-    dtype = dtype or (base.packed.source_dtype if isinstance(base, PackedLinear) else module.weight.dtype)
+    dtype = dtype or module.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if not module.enabled or module.strength == 0.0:
         return module.base_weight(dtype)
     return (module.base_weight(wide) + module.delta_weight(wide)).to(dtype)
 
 
-def plain_module(module: SavedModule | LoRALinear | PackedLinear) -> nn.Module:
-    """The plain layer that an adapter module or a packed layer stands for, with its merged weight."""
+def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.dtype | None) -> nn.Module:
+    """The plain layer that an adapter module or a packed layer stands for, with its merged weight.
+
+    Args:
+        module: What stands in the converted model.
+        dense: See `merged_weight`.
+    """
     if isinstance(module, SavedModule):
         plain = module.trained if module.enabled else module.original
         if module.enabled and module.strength != 1.0:
             for name, parameter in plain.named_parameters():
-                parameter.data.copy_(torch.lerp(module.original.get_parameter(name), parameter, module.strength))
+                original = module.original.get_parameter(name)
+                parameter.data.copy_(torch.lerp(original, parameter, module.strength))
         return plain.requires_grad_(False)
-    weight = merged_weight(module)
+    weight = merged_weight(module, dense)
     layer = module.base_layer if isinstance(module, LoRALinear) else module
     if isinstance(layer, PackedLinear):
         plain = _empty_linear(layer)

@@ -36,6 +36,7 @@ from lightning_lora.io.merge import (
     LOGIT_LIMITS,
     MergeReport,
     check_limit,
+    dense_dtype,
     merged_tensors,
     outputs_of,
     plain_module,
@@ -73,7 +74,7 @@ def write_merged(
     Args:
         model: A converted model, or a LightningModule around one.
         dir: The folder; one of ours that stands there is replaced, as a whole.
-        dtype: "auto" (the base's own; a packed base's former), "fp32", "bf16" or "fp16".
+        dtype: "auto" (the base's own; a packed layer takes that of the dense ones), "fp32", "bf16" or "fp16".
         inputs: By name of a module inside the plain root ("" is the root): the ``(args, kwargs)`` that it
             is called with to compare live and merged. Without them a language model gets fixed token ids.
         tokenizer: Saved beside the model; without one, files in the base model's local folder are copied.
@@ -268,10 +269,11 @@ def _load_transformers(root: nn.Module, part: Path) -> nn.Module:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """`module` with plain layers in place of adapters, in place."""
+    dense = dense_dtype(module)
     for names, adapter in replaceable(module):
+        plain = plain_module(adapter, dense)
         if names == [""]:
-            return plain_module(adapter)
-        plain = plain_module(adapter)
+            return plain
         for name in names:
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, plain)

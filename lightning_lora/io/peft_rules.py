@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.errors import UnsupportedError
+from lightning_lora.errors import CheckpointError, UnsupportedError
 
 #: What PEFT can do, asked for by these keys, that is not built here: refused by name unless it is falsy.
 UNBUILT_KEYS = (
@@ -175,6 +175,56 @@ def refuse_unbuilt(config: Mapping[str, Any], where: str) -> None:
             f"{where}: `init_lora_weights` is {init!r}, which changes the base weights: the adapter "
             "does not fit the plain base. In PEFT, save it with `path_initial_model_for_weight_conversion`."
         )
+
+
+def check_types(config: Mapping[str, Any], where: str) -> None:
+    """See that the values of an ``adapter_config.json`` have the types that PEFT gives them.
+
+    Args:
+        config: The parsed file.
+        where: What to call it in the message.
+
+    Raises:
+        CheckpointError: One has another type.
+    """
+    for key, (what, fits) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not fits(value):
+            raise CheckpointError(f"{where}: `{key}` must be {what}, got {value!r}")
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(fits(item) for item in value.values())
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, str)
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("an integer of at least 1", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "lora_dropout": ("a number", _is_number),
+    "target_modules": ("a string or a list of strings", _is_names),
+    "exclude_modules": ("a string or a list of strings", _is_names),
+    "modules_to_save": ("a list of strings", lambda value: _is_list(value, str)),
+    "layers_to_transform": ("an integer or a list", lambda v: isinstance(v, int) or _is_list(v, int)),
+    "layers_pattern": ("a string or a list of strings", _is_names),
+    "rank_pattern": ("a table of integers", lambda value: _is_table(value, _is_rank)),
+    "alpha_pattern": ("a table of numbers", lambda value: _is_table(value, _is_number)),
+}
 
 
 def _target_choices(adapted: Mapping[str, Scale], hint: Spec | None) -> Iterable[dict[str, Any]]:

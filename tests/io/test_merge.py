@@ -147,3 +147,12 @@ def test_merged_tensors_are_cast_as_asked() -> None:
     assert {t.dtype for _, t in merged_tensors(model, "bf16")} == {torch.bfloat16}
     half = adapted(tiny_llama().bfloat16(), quantize="nf4")
     assert {t.dtype for _, t in merged_tensors(half)} == {torch.bfloat16}
+
+
+def test_a_packed_layer_takes_the_dtype_that_the_rest_was_cast_to() -> None:
+    model = adapted(tiny_llama(), quantize="nf4").to(torch.bfloat16)
+    live = logits(model)
+    assert {t.dtype for _, t in merged_tensors(model)} == {torch.bfloat16}
+    merge_adapters(model, IDS)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert error(logits(model).float(), live.float()) < 5e-2

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When fit returns the merged model is there, computes what the live one computes, and the live one goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_lora.callbacks.lora import LoRA
+from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
+from lightning_lora.model.apply import adapter_state_dict
+from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
+
+IDS = Tokens(4).data
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out = model.eval()(IDS)
+    return (out.logits if hasattr(out, "logits") else out).float()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_folder_is_there_and_the_live_model_goes_on(make: Any, quantize: str, tmp_path: Path) -> None:
+    merge = MergeOnFitEnd(tmp_path / "m")
+    checkpoint = AdapterCheckpoint(tmp_path / "a", monitor="train_loss", every_n_train_steps=2)
+    model = LM(make())
+    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), checkpoint, merge], max_steps=8)
+    trainer.fit(model, loader())
+    live, state = logits(model), {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    assert error(logits(loaded), live) < 1e-4
+    assert merge.report is not None
+    assert merge.report.checked_on == "a training batch"
+    assert merge.report.logit_error < 1e-4
+    written = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert (written["weights"], written["base"]) == ("last", "dequantized")
+    assert written["checked_on"] == "a training batch"
+
+    before = trainer.validate(model, loader(8), verbose=False)
+    plain = trainer.test(model, loader(8), verbose=False)[0]["test_loss"]
+    best = trainer.test(model, loader(8), ckpt_path="best", verbose=False)[0]["test_loss"]
+    trainer.test(model, loader(8), ckpt_path=checkpoint.last_model_path or None, verbose=False)
+    again = trainer.test(model, loader(8), ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert best == again
+    assert plain == pytest.approx(before[0]["val_loss"], rel=1e-6)
+    assert state.keys() == adapter_state_dict(model).keys()
+
+
+def test_testing_the_best_after_the_merge_gives_the_live_numbers(tmp_path: Path) -> None:
+    results = []
+    for with_merge in (False, True):
+        callbacks = [LoRA(r=4), AdapterCheckpoint(tmp_path / f"a{with_merge}", every_n_train_steps=4)]
+        if with_merge:
+            callbacks.append(MergeOnFitEnd(tmp_path / "m"))
+        model = LM(tiny_llama())
+        torch.manual_seed(5)
+        trainer = make_trainer(tmp_path, callbacks, max_steps=4)
+        trainer.fit(model, loader())
+        results.append(trainer.test(model, loader(8), ckpt_path="best", verbose=False)[0]["test_loss"])
+    assert results[0] == results[1]
+
+
+class Rises(LM):
+    """Its best checkpoint by "score" is that of step 2."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("score", float(abs(self.global_step + 1 - 2)))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["adapter folders", "Lightning's checkpoints"])
+def test_best_is_loaded_for_the_merge_and_put_back(kind: str, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    made = AdapterCheckpoint if kind == "adapter folders" else ModelCheckpoint
+    checkpoint = made(tmp_path / "a", monitor="score", every_n_train_steps=1)
+    model = Rises(tiny_llama())
+    callbacks = [LoRA(r=4), checkpoint, MergeOnFitEnd(tmp_path / "m", weights="best")]
+    last: dict[str, Tensor] = {}
+
+    class Remember(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            last.update({k: v.clone() for k, v in adapter_state_dict(pl_module).items()})
+
+    trainer = make_trainer(tmp_path, [*callbacks, Remember()], max_steps=6)
+    trainer.fit(model, loader())
+    assert all(torch.equal(v, last[k]) for k, v in adapter_state_dict(model).items())
+    assert checkpoint.best_model_path.endswith("step=2.ckpt")
+    written = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert written["checkpoint"] == checkpoint.best_model_path
+    trainer.test(model, loader(8), ckpt_path="best", verbose=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert error(logits(loaded), logits(model)) < 1e-4
+
+
+def test_best_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m", weights="best")])
+    with pytest.raises(ConfigError, match="needs a checkpoint callback"):
+        trainer.fit(LM(tiny_llama()), loader())
+    never = AdapterCheckpoint(tmp_path / "a", every_n_train_steps=100)
+    trainer = make_trainer(tmp_path, [LoRA(r=2), never, MergeOnFitEnd(tmp_path / "m", weights="best")])
+    with pytest.raises(MergeError, match="no checkpoint was written in this fit"):
+        trainer.fit(LM(tiny_llama()), loader())
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_plain_module_gives_a_state_dict(quantize: str, precision: Any, tmp_path: Path) -> None:
+    merge = MergeOnFitEnd(tmp_path / "m")
+    model = LM(TinyNet(dropout=0.1))
+    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), merge], precision=precision)
+    trainer.fit(model, loader())
+    plain = LM(TinyNet()).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    plain.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"), strict=True)
+    assert merge.report is not None
+    assert merge.report.checked_on == "a training batch"
+    assert error(logits(plain), logits(model)) <= merge.report.logit_limit
+
+
+def test_children_in_lists_and_linears_of_the_module_itself_are_compared(tmp_path: Path) -> None:
+    class Direct(LM):
+        def __init__(self) -> None:
+            super().__init__(net=nn.Embedding(64, 8))
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+            self.out = nn.Linear(8, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.net(ids)
+            for block in self.blocks:
+                x = torch.relu(block(x))
+            return self.out(x)
+
+    merge = MergeOnFitEnd(tmp_path / "m")
+    model = Direct()
+    make_trainer(tmp_path, [LoRA(r=2), merge]).fit(model, loader())
+    assert merge.report is not None
+    assert merge.report.logit_error < 1e-4
+    plain = Direct()
+    plain.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+    assert error(logits(plain), logits(model)) < 1e-4
+
+
+def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
+    states = []
+    for with_merge in (False, True):
+        torch.manual_seed(7)
+        model = LM(tiny_llama())
+        callbacks = [LoRA(r=4, lora_dropout=0.2), *([MergeOnFitEnd(tmp_path / "m")] if with_merge else [])]
+        make_trainer(tmp_path, callbacks, max_steps=5).fit(model, loader(shuffle=True))
+        states.append(adapter_state_dict(model))
+        assert not model.net._forward_pre_hooks
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_after_a_fit_that_raised_nothing_is_written(
+    exception: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                raise exception
+
+    trainer = make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m"), Fails()])
+    model = LM(tiny_llama())
+    with caplog.at_level("INFO"), pytest.raises((RuntimeError, SystemExit)):
+        trainer.fit(model, loader())
+    assert not (tmp_path / "m").exists()
+    assert f"fit ended by {type(exception).__name__}, no merged model is written" in caplog.text
+    assert not model.net._forward_pre_hooks
+
+
+def test_a_folder_of_the_users_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").write_text("years of work")
+    model = LM(tiny_llama())
+    with pytest.raises(MergeError, match="not empty and holds no earlier merged model"):
+        make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m")]).fit(model, loader())
+    assert (tmp_path / "m" / "thesis.tex").exists()
+
+
+def test_a_second_fit_replaces_the_first_ones_folder(tmp_path: Path) -> None:
+    for steps in (2, 3):
+        model = LM(tiny_llama())
+        make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m")], max_steps=steps).fit(model, loader())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert error(logits(loaded), logits(model)) < 1e-4
+
+
+def test_without_lora_it_refuses_at_fit_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no adapters; add the `LoRA` callback"):
+        make_trainer(tmp_path, [MergeOnFitEnd(tmp_path / "m")]).fit(LM(tiny_llama()), loader())
+
+
+def test_fast_dev_run_writes_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        callbacks = [LoRA(r=2), MergeOnFitEnd(tmp_path / "m")]
+        make_trainer(tmp_path, callbacks, fast_dev_run=True).fit(LM(tiny_llama()), loader())
+    assert not (tmp_path / "m").exists()
+    assert "no merged model is written with `fast_dev_run`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"weights": "worst"}, ConfigError, '`weights` must be "last" or "best", got \'worst\''),
+        ({"base": "original"}, UnsupportedError, '`base="original"` is not built'),
+        ({"base": "other"}, ConfigError, '`base` must be "dequantized"'),
+        ({"dtype": "fp8"}, ConfigError, "`dtype` must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        MergeOnFitEnd("m", **arguments)
+
+
+def test_the_tokenizer_of_the_module_is_saved_too(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = LM(tiny_llama())
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m")]).fit(model, loader())
+    assert (tmp_path / "m" / "tokenizer.json").is_file()
+
+
+def test_a_compiled_model_is_compared_on_fixed_ids_and_not_hooked(tmp_path: Path) -> None:
+    model = LM(tiny_llama())
+    model.net = torch.compile(model.net, backend="eager")
+    merge = MergeOnFitEnd(tmp_path / "m")
+    make_trainer(tmp_path, [LoRA(r=2), merge], max_steps=2).fit(model, loader())
+    assert merge.report is not None
+    assert merge.report.checked_on == "fixed token ids"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert error(logits(loaded), logits(model)) < 1e-4
