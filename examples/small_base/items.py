@@ -100,9 +100,7 @@ def speech_continuation(context: int = 24, length: int = 6) -> Iterator[Item]:
             ahead = words[start + context : start + context + length]
             windows.append((name, words[start : start + context], " ".join(ahead), cost(ahead)))
     for name, before, true, value in windows:
-        others = heapq.nsmallest(
-            8, ((abs(far - value), text) for other, _, text, far in windows if other != name)
-        )
+        others = heapq.nsmallest(8, ((abs(far - value), text) for other, _, text, far in windows if other != name))
         false = list(dict.fromkeys(text for _, text in others if text != true))[:3]
         yield item(rng, name, before, true, false)
 
