@@ -26,13 +26,13 @@ class Shakespeare(L.LightningModule):
         lr: Learning rate of AdamW.
     """
 
-    def __init__(self, base: str = str(MODEL_DIR), lr: float = 3e-3) -> None:
+    def __init__(self, base: str = str(MODEL_DIR), lr: float = 2e-3) -> None:
         from transformers import AutoModelForCausalLM
 
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.model(input_ids=batch, labels=batch).loss
@@ -58,7 +58,7 @@ class ShakespeareData(L.LightningDataModule):
     """
 
     def __init__(
-        self, base: str = str(MODEL_DIR), block_size: int = 128, batch_size: int = 16, val_rows: int = 64
+        self, base: str = str(MODEL_DIR), block_size: int = 128, batch_size: int = 8, val_rows: int = 64
     ) -> None:
         super().__init__()
         self.base, self.block_size, self.batch_size, self.val_rows = base, block_size, batch_size, val_rows

@@ -20,7 +20,9 @@ def section(title: str, rows: Sequence[Row], header: Row | None = None) -> str:
     every = ([header] if header else []) + list(rows)
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in every
     ]
     return "\n".join([title, "-" * max(len(title), *map(len, lines)), *lines])

@@ -124,7 +124,7 @@ def arguments_of(cls: type) -> set[str]:
 
 def help_lines(shown: str) -> dict[str, str]:
     """Argument -> its help text, without jsonargparse's own note on type and default."""
-    option = r"--trainer\.callbacks\.(\w+)\+? (?:\{\S+\}|[^\s,]+)"
+    option = r"--trainer\.callbacks\.(\w+)\+? (?:[[{]\S+[]}]|[^\s,]+)"
     helped = {}
     for entry in re.split(r"\n  (?=--)", "\n" + shown):
         match = re.match(rf"{option}(?:, {option})*\s+(.*)", entry, re.DOTALL)
