@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -129,6 +129,7 @@ class ForgettingMonitor(Callback):
         self._scorer: Scorer | None = None
         self._restored: dict[str, Any] | None = None
         self._seen_step = 0
+        self._unlogged: dict[str, float] = {}
 
     @property
     def history(self) -> list[Report]:
@@ -168,26 +169,30 @@ class ForgettingMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_up(trainer.global_step)
         if self.look_at_start and not self._monitor_or_fail().history:
-            self._look(trainer, pl_module, log_on="epoch")
+            # What is logged in this hook is gone before the first batch ends, where others begin to read it.
+            self._unlogged = self._look(trainer).metrics()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         before, self._seen_step = self._seen_step, trainer.global_step
+        metrics, self._unlogged = self._unlogged, {}
         if self.is_due(before, trainer.global_step):
-            self._look(trainer, pl_module, log_on="step")
+            metrics = self._look(trainer).metrics()
+        pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=True, on_epoch=False)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and self._monitor_or_fail().last_step != trainer.global_step:
-            self._look(trainer, pl_module, log_on="epoch")
+            metrics = self._look(trainer).metrics()
+            pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=False, on_epoch=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.verdict_at_end:
-            self._look(trainer, pl_module)
+            self._look(trainer, verdict=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -214,22 +219,23 @@ class ForgettingMonitor(Callback):
         n = self.every_n_steps
         return (n is not None and now // n > before // n) or any(before < s <= now for s in self.at_steps)
 
-    def planned_looks(self, trainer: Trainer) -> int | None:
-        """Looks and verdicts of the whole run, or None when its length is not known."""
+    def looks_left(self, trainer: Trainer) -> int | None:
+        """Looks and the verdict after the present step, or None when the length of the run is not known."""
         try:
-            steps = trainer.estimated_stepping_batches
+            end = trainer.estimated_stepping_batches
         except MisconfigurationException:  # accumulation that changes with the epoch
-            steps = trainer.max_steps
-        if not 0 < steps < math.inf:
+            end = trainer.max_steps
+        if not 0 < end < math.inf:
             return None
-        steps, epochs = int(steps), 0
+        due = set(self.at_steps)
+        if self.every_n_steps is not None:
+            due.update(range(self.every_n_steps, int(end) + 1, self.every_n_steps))
         if self.every_n_epochs is not None:
-            if not trainer.max_epochs or trainer.max_epochs < 0:
+            if math.isinf(trainer.num_training_batches):
                 return None
-            epochs = trainer.max_epochs // self.every_n_epochs
-        by_steps = steps // self.every_n_steps if self.every_n_steps else 0
-        by_list = sum(1 for s in set(self.at_steps) if 0 < s <= steps)
-        return by_steps + by_list + epochs + self.look_at_start + self.verdict_at_end
+            epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * self.every_n_epochs
+            due.update(range(epoch, int(end) + 1, epoch))
+        return sum(trainer.global_step < step <= end for step in due) + self.verdict_at_end
 
     def _load(self, local_rank: int) -> dict[str, LoadedTask]:
         """Load the tasks, on the first rank of each machine first: it fills the cache that others read."""
@@ -253,24 +259,18 @@ class ForgettingMonitor(Callback):
         self._restored = None
         self._seen_step = step
 
-    def _look(
-        self, trainer: Trainer, pl_module: LightningModule, log_on: Literal["step", "epoch"] | None = None
-    ) -> None:
-        """Look, log and act; without ``log_on`` it is the verdict, whose hook takes no logged values."""
+    def _look(self, trainer: Trainer, verdict: bool = False) -> Report:
         monitor = self._monitor_or_fail()
         if self._scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
-        take = monitor.verdict if log_on is None else monitor.look
+        take, left = (monitor.verdict, 0) if verdict else (monitor.look, self.looks_left(trainer))
         with together("looking at forgetting"):
-            report = take(self._scorer, trainer.global_step, self.planned_looks(trainer))
+            report = take(self._scorer, trainer.global_step, None if left is None else left + 1)
         rank_zero_info(report.summary())
-        metrics = report.metrics()
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        if log_on is not None:
-            on_step = log_on == "step"
-            pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=on_step, on_epoch=not on_step)
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
         self._act(trainer, report)
+        return report
 
     def _act(self, trainer: Trainer, report: Report) -> None:
         alarms = from_rank_zero(report.alarms)

@@ -123,7 +123,8 @@ class Monitor:
         items_per_look: items of a look over all tasks; see `ItemBank`.
         seed: shuffles the bank.
         tolerance: a drop that is nobody's concern [share of items].
-        alpha: probability of an alarm in the whole run when no drop exceeds the tolerance.
+        alpha: probability of an alarm in the whole run when no drop exceeds the tolerance. A run prolonged
+            after its plan was used up spends it anew.
 
     Raises:
         ConfigError: for values out of range.
@@ -144,7 +145,7 @@ class Monitor:
         self.alpha = alpha
         self.history: list[Report] = []
         self.looks = 0
-        self._spent = 0.0
+        self._spent, self._tests = 0.0, 0  # of alpha: how much, on how many looks and verdicts
         self._base: dict[tuple[str, str, str], ItemScore] = {}
 
     @property
@@ -152,29 +153,29 @@ class Monitor:
         """Optimizer step of the newest look; None before the first."""
         return self.history[-1].step if self.history else None
 
-    def look(self, scorer: Scorer, step: int, planned: int | None = None) -> Report:
+    def look(self, scorer: Scorer, step: int, left: int | None = None) -> Report:
         """Compare model and base on the next items of the bank.
 
         Args:
             scorer: the model.
             step: optimizer steps taken.
-            planned: looks and verdicts of the whole run; None when nobody knows.
+            left: looks and verdicts of the run still to come, this one included; None when nobody knows.
         """
         if self.looks == self.bank.fresh_looks:
             log.info("Every item of some task has been used once; from here on items come again.")
-        report = self._report(scorer, step, "look", self.bank.items(self.looks), planned)
+        report = self._report(scorer, step, "look", self.bank.items(self.looks), left)
         self.looks += 1
         return report
 
-    def verdict(self, scorer: Scorer, step: int, planned: int | None = None) -> Report:
+    def verdict(self, scorer: Scorer, step: int, left: int | None = None) -> Report:
         """Compare model and base on every item of the bank.
 
         Args:
             scorer: the model.
             step: optimizer steps taken.
-            planned: looks and verdicts of the whole run; None when nobody knows.
+            left: looks and verdicts of the run still to come, this one included; None when nobody knows.
         """
-        return self._report(scorer, step, "verdict", self.bank.everything(), planned)
+        return self._report(scorer, step, "verdict", self.bank.everything(), left)
 
     def forget_base(self) -> None:
         """Drop the base's cached scores: another model comes."""
@@ -186,6 +187,7 @@ class Monitor:
             "bank": self.bank.describe(),
             "looks": self.looks,
             "spent": self._spent,
+            "tests": self._tests,
             "history": [report.to_dict() for report in self.history],
         }
 
@@ -197,7 +199,7 @@ class Monitor:
                 a notice says so and the looks begin again.
         """
         self.history = [Report.from_dict(values) for values in state["history"]]
-        self._spent = state["spent"]
+        self._spent, self._tests = state["spent"], state["tests"]
         if state["bank"] == self.bank.describe():
             self.looks = state["looks"]
             return
@@ -207,7 +209,7 @@ class Monitor:
         )
 
     def _report(
-        self, scorer: Scorer, step: int, kind: str, picked: Mapping[str, Sequence[int]], planned: int | None
+        self, scorer: Scorer, step: int, kind: str, picked: Mapping[str, Sequence[int]], left: int | None
     ) -> Report:
         start = time.perf_counter()
         with scorer.quietly():
@@ -219,8 +221,7 @@ class Monitor:
         if not tasks:
             raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
         pooled = compare_pooled([(model[name], base[name]) for name in tasks])
-        alpha = statistics.spend(self.alpha - self._spent, len(self.history) + 1, planned)
-        self._spent += alpha
+        alpha = self._spend(left)
         bounds = drop_bounds(tasks, pooled, alpha, soft=kind == "look")
         report = Report(
             step=step,
@@ -234,6 +235,15 @@ class Monitor:
         )
         self.history.append(report)
         return report
+
+    def _spend(self, left: int | None) -> float:
+        """This look's share of alpha. A run prolonged after its plan was used up gets a new alpha."""
+        if self.alpha - self._spent < 1e-9:
+            self._spent, self._tests = 0.0, 0
+        self._tests += 1
+        alpha = statistics.spend(self.alpha - self._spent, self._tests, left)
+        self._spent += alpha
+        return alpha
 
     def _base_scores(
         self, scorer: Scorer, model: Mapping[str, Sequence[ItemScore]], picked: Mapping[str, Sequence[int]]

@@ -11,6 +11,7 @@ number of them (a sharded model's forward needs every rank), and every rank gets
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -235,10 +236,12 @@ def _item_scores(task: LoadedTask, samples: Sequence[Mapping[str, Any]]) -> list
         wrong = [v for i, v in enumerate(values) if i not in gold]
         if not gold or not wrong:
             continue
-        best = max(range(n), key=values.__getitem__)
-        margin = max(values[i] for i in gold) - max(wrong)
+        correct, margin = 0.0, math.nan  # a diverged model is right about nothing
+        if not any(map(math.isnan, values)):
+            correct = float(max(range(n), key=values.__getitem__) in gold)
+            margin = max(values[i] for i in gold) - max(wrong)
         key = (sample["doc_hash"], sample["prompt_hash"])
-        scores.append(ItemScore(sample["doc_id"], key, values, float(best in gold), margin))
+        scores.append(ItemScore(sample["doc_id"], key, values, correct, margin))
     return scores
 
 

@@ -179,30 +179,28 @@ def drop_bound(delta: float, delta_se: float, n_items: int, alpha: float) -> Dro
     return DropBound(-delta, -delta - NormalDist().inv_cdf(1.0 - alpha) * max(delta_se, 1.0 / n_items), alpha)
 
 
-def spend(remaining: float, look: int, planned: int | None = None) -> float:
-    r"""How much of the remaining error probability the next look may spend.
+def spend(remaining: float, look: int, left: int | None = None) -> float:
+    r"""How much of the remaining error probability a look may spend.
 
     Looks at one run are many chances of a false alarm; the shares add up to at most alpha over all of them
     (Bonferroni). With K looks planned every look gets the same, and with an open end a falling series:
 
     .. math:: \alpha_k = \frac{\alpha}{K} \qquad or \qquad \alpha_k = \frac{\alpha}{k (k + 1)}
 
-    Both are written as shares of what remains, :math:`1/(K - k + 1)` and :math:`1/(k + 1)`, so that a plan that changes
-    in mid-run (a longer resume) still never spends more than alpha.
+    Both are written as shares of what remains, one of those left and :math:`1/(k + 1)`, so that a plan that
+    changes in mid-run still never spends more than alpha.
 
     Args:
         remaining: alpha less what earlier looks spent.
         look: number of this look, from 1.
-        planned: how many looks the run will take in all; None when nobody knows.
+        left: looks still to come, this one included; None when nobody knows.
 
     Raises:
-        ConfigError: if ``look`` is below 1.
+        ConfigError: if ``look`` or ``left`` is below 1.
     """
-    if look < 1:
-        raise ConfigError(f"spend counts looks from 1: got look={look}.")
-    if planned is not None and planned >= look:
-        return remaining / (planned - look + 1)
-    return remaining / (look + 1)
+    if look < 1 or (left is not None and left < 1):
+        raise ConfigError(f"spend counts looks from 1: got look={look}, left={left}.")
+    return remaining / (look + 1 if left is None else left)
 
 
 def _paired_length(model: Sequence[float], base: Sequence[float]) -> int:

@@ -17,6 +17,7 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     tiny.write_task(folder, "alpha", tiny.items(40, seed=1))
     tiny.write_task(folder, "beta", tiny.items(20, seed=2, choices=3))
+    tiny.write_task(folder, "known", tiny.known_items(tiny.llama(), 60, seed=3))
     return folder
 
 

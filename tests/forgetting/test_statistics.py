@@ -137,8 +137,8 @@ def test_drop_bound_refuses_what_it_cannot_use(alpha: float, n: int) -> None:
 @given(st.floats(1e-4, 0.5), st.lists(st.one_of(st.none(), st.integers(1, 40)), min_size=1, max_size=40))
 def test_spend_never_spends_more_than_alpha_whatever_the_plan(alpha: float, plans: list[int | None]) -> None:
     spent = 0.0
-    for look, planned in enumerate(plans, start=1):
-        share = stats.spend(alpha - spent, look, planned)
+    for look, left in enumerate(plans, start=1):
+        share = stats.spend(alpha - spent, look, left)
         assert share >= 0
         spent += share
     assert spent <= alpha * (1 + 1e-9)
@@ -147,7 +147,7 @@ def test_spend_never_spends_more_than_alpha_whatever_the_plan(alpha: float, plan
 def test_spend_is_bonferroni_with_a_plan_and_a_falling_series_without() -> None:
     spent = 0.0
     for look in range(1, 6):
-        share = stats.spend(0.05 - spent, look, planned=5)
+        share = stats.spend(0.05 - spent, look, left=6 - look)
         assert share == pytest.approx(0.05 / 5)
         spent += share
     spent = 0.0
@@ -157,3 +157,5 @@ def test_spend_is_bonferroni_with_a_plan_and_a_falling_series_without() -> None:
         spent += share
     with pytest.raises(ConfigError, match="look=0"):
         stats.spend(0.05, 0)
+    with pytest.raises(ConfigError, match="left=0"):
+        stats.spend(0.05, 1, left=0)

@@ -16,7 +16,6 @@ import pytest
 from lightning_lora.errors import TaskError
 from lightning_lora.forgetting.catalogue import Catalogue
 from lightning_lora.forgetting.tasks import load_tasks
-from tests.forgetting import tiny
 
 
 def inline(path: Path, name: str = "inline", **changes: Any) -> dict[str, Any]:

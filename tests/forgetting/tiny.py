@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.apply import adapter_modules, apply_lora
+
 WORDS = """the a cat dog bird sun moon river stone house old new red blue runs sleeps sings falls of and in""".split()  # noqa: SIM905 - readable as it is
 
 
@@ -37,15 +40,19 @@ def tokenizer(bos: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
-def items(n: int, seed: int = 0, choices: int = 4) -> list[dict[str, Any]]:
-    """Made-up questions: a context, choices of one to four words, the index of the right one."""
+def items(n: int, seed: int = 0, choices: int = 4, words_each: tuple[int, int] = (1, 4)) -> list[dict[str, Any]]:
+    """Made-up questions: a context, choices of so many words, the index of the right one."""
     rng = random.Random(seed)
 
     def words(low: int, high: int) -> str:
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
     return [
-        {"context": words(2, 9), "choices": [words(1, 4) for _ in range(choices)], "gold": rng.randrange(choices)}
+        {
+            "context": words(2, 9),
+            "choices": [words(*words_each) for _ in range(choices)],
+            "gold": rng.randrange(choices),
+        }
         for _ in range(n)
     ]
 
@@ -94,6 +101,32 @@ def gpt2(seed: int = 0) -> nn.Module:
         initializer_range=0.2,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def adapted(size: float = 0.0) -> nn.Module:
+    """A tiny Llama with adapters whose B is random of this size."""
+    model = llama()
+    apply_lora(model, LoRAConfig(r=4))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, module in adapter_modules(model):
+            module.lora_B.add_(size * torch.randn(module.lora_B.shape, generator=generator))
+    return model
+
+
+def known_items(model: nn.Module, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions that ``model`` answers right, every one: the labels are its own answers."""
+    docs, encode = items(n, seed, words_each=(2, 2)), tokenizer().encode
+    with torch.no_grad():
+        for doc in docs:
+            start = len(encode(doc["context"]))
+            scores = []
+            for choice in doc["choices"]:
+                ids = torch.tensor([encode(f"{doc['context']} {choice}")])
+                found = model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                scores.append(float(found[start - 1 :].sum()))
+            doc["gold"] = max(range(len(scores)), key=scores.__getitem__)
+    return docs
 
 
 class Sequences(Dataset):

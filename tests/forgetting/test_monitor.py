@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks, verdicts, the cache of the base, alarms and state, without a Trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError, Notice
+from lightning_lora.forgetting.monitor import Monitor, Report, compare, drop_bounds
+from lightning_lora.forgetting.scoring import ItemScore, Scorer
+from lightning_lora.forgetting.tasks import LoadedTask
+from lightning_lora.model.apply import adapter_modules
+from tests.forgetting import tiny
+
+
+@pytest.fixture
+def scored(tokenizer: Any) -> Callable[..., tuple[Scorer, list[int]]]:
+    """A scorer over a model, and the number of rows of each forward."""
+
+    def make(model: nn.Module, after: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Scorer, list[int]]:
+        rows: list[int] = []
+
+        def forward(module: nn.Module, ids: Tensor) -> Tensor:
+            rows.append(len(ids))
+            return after(module(ids).logits)
+
+        return Scorer(model, tokenizer, forward=forward), rows
+
+    return make
+
+
+def test_untrained_adapters_show_no_difference_and_no_notice(
+    loaded: dict[str, LoadedTask], tokenizer: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    report = Monitor(loaded, items_per_look=30).look(Scorer(tiny.adapted(), tokenizer), step=0)
+    assert (report.pooled.delta, report.pooled.delta_se, report.pooled.soft_delta) == (0.0, 0.0, 0.0)
+    assert (report.pooled.flips_lost, report.pooled.flips_gained, report.pooled.p_value) == (0, 0, 1.0)
+    assert {name: task.n_items for name, task in report.tasks.items()} == {"alpha": 20, "beta": 10}
+    assert report.pooled.n_items == 30
+    assert not [w for w in recwarn if issubclass(w.category, Notice)]
+
+
+def test_a_model_that_is_not_its_base_at_step_0_is_named(
+    loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]
+) -> None:
+    scorer, _ = scored(tiny.adapted(), lambda logits: logits + torch.randn(logits.shape) * 1e-3)
+    with pytest.warns(Notice, match="adapters are untrained, yet 30 of 30 items"):
+        Monitor(loaded, items_per_look=30).look(scorer, step=0)
+
+
+def test_verdict_agrees_with_the_items(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    model = tiny.adapted(0.3)
+    scorer = Scorer(model, tokenizer)
+    monitor = Monitor(loaded)
+    report = monitor.verdict(scorer, step=7)
+    bank = monitor.bank.everything()
+    with scorer.quietly():
+        on = scorer.score(loaded, bank)
+        for _, module in adapter_modules(model):
+            module.enabled = False
+        off = scorer.score(loaded, bank)
+    for name, task in report.tasks.items():
+        assert task == compare(on[name], off[name])
+        right, right_base = ([s.correct for s in side[name]] for side in (on, off))
+        assert task.flips_lost == sum(b > a for a, b in zip(right, right_base, strict=True)) > 0
+        assert task.delta == pytest.approx((sum(right) - sum(right_base)) / len(right))
+    weighted = sum(t.delta * t.n_items for t in report.tasks.values()) / 60
+    soft = sum(t.soft_delta * t.n_items for t in report.tasks.values()) / 60
+    assert report.pooled.delta == pytest.approx(weighted)
+    assert report.pooled.soft_delta == pytest.approx(soft)
+    assert (report.kind, report.step, report.pooled.n_items) == ("verdict", 7, 60)
+
+
+def test_base_is_asked_once_for_an_item_in_full_precision(
+    loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]
+) -> None:
+    scorer, rows = scored(tiny.adapted(0.1))
+    monitor = Monitor(loaded, items_per_look=60)
+    monitor.look(scorer, step=1)
+    model_and_base = sum(rows)
+    rows.clear()
+    monitor.verdict(scorer, step=2)
+    assert sum(rows) == model_and_base / 2
+    monitor.forget_base()
+    rows.clear()
+    monitor.verdict(scorer, step=3)
+    assert sum(rows) == model_and_base
+
+
+def test_base_is_asked_in_the_models_batches_in_16_bits(
+    loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]
+) -> None:
+    scorer, rows = scored(tiny.adapted(0.1), lambda logits: logits.bfloat16())
+    monitor = Monitor(loaded, items_per_look=30)
+    for step in (1, 2, 3):
+        rows.clear()
+        (monitor.look if step < 3 else monitor.verdict)(scorer, step)
+        assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+
+
+def test_no_item_twice_over_looks_and_a_resume(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    scorer = Scorer(tiny.adapted(0.1), tokenizer)
+    first, whole = Monitor(loaded, items_per_look=12), Monitor(loaded, items_per_look=12)
+    for step in (1, 2):
+        first.look(scorer, step, left=6 - step)
+    state = json.loads(json.dumps(first.state_dict()))  # primitives only
+    second = Monitor(loaded, items_per_look=12)
+    second.load_state_dict(state)
+    for step in (3, 4):
+        second.look(scorer, step, left=6 - step)
+    for step in (1, 2, 3, 4):
+        whole.look(scorer, step, left=6 - step)
+
+    def untimed(monitor: Monitor) -> list[dict[str, Any]]:
+        return [{**r.to_dict(), "seconds": 0} for r in monitor.history]
+
+    assert untimed(second) == untimed(whole)
+    assert second.last_step == 4
+    assert sum(r.alpha for r in second.history) == pytest.approx(0.05 * 4 / 5)
+
+
+def test_a_prolonged_run_spends_alpha_anew(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    scorer, monitor = Scorer(tiny.adapted(), tokenizer), Monitor(loaded, items_per_look=6)
+    for step, left in enumerate((2, 1, 2, 1)):
+        monitor.look(scorer, step, left)
+    assert [r.alpha for r in monitor.history] == pytest.approx([0.025] * 4)
+
+
+def test_state_of_another_bank_begins_the_looks_again(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    monitor = Monitor(loaded, items_per_look=12)
+    monitor.look(Scorer(tiny.adapted(), tokenizer), 1)
+    other = Monitor(loaded, items_per_look=20)
+    with pytest.warns(Notice, match="another `items_per_eval`"):
+        other.load_state_dict(monitor.state_dict())
+    assert (other.looks, len(other.history)) == (0, 1)
+
+
+def test_report_round_trips_and_names_its_metrics(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    monitor = Monitor(loaded, items_per_look=30)
+    scorer = Scorer(tiny.adapted(0.2), tokenizer)
+    look, verdict = monitor.look(scorer, 1), monitor.verdict(scorer, 2)
+    assert Report.from_dict(json.loads(json.dumps(look.to_dict()))) == look
+    fields = {"acc", "acc_base", "delta", "delta_se", "flips_lost", "flips_gained", "soft_delta", "n_items"}
+    expected = {f"forgetting/{name}/{f}" for name in ("alpha", "beta", "pooled") for f in fields}
+    assert set(look.metrics()) == expected | {"forgetting/seconds"}
+    assert set(verdict.metrics()) - set(look.metrics()) >= {"forgetting/alpha/p_value"}
+    assert "alpha" in look.summary()
+    assert "step 1" in look.summary()
+
+
+def score(correct: float, margin: float, number: int) -> ItemScore:
+    return ItemScore(number, (str(number), ""), (), correct, margin)
+
+
+def test_a_real_drop_alarms_and_no_drop_does_not() -> None:
+    """250 made-up items a task: one task loses every fifth right answer, another stays as it was."""
+    generator = torch.Generator().manual_seed(0)
+    margins = torch.randn(250, generator=generator) + 0.5
+    base = [score(float(m > 0), float(m), i) for i, m in enumerate(margins)]
+    hurt = [score(0.0, -abs(s.margin), i) if i % 5 == 0 else s for i, s in enumerate(base)]
+    tasks = {"hurt": compare(hurt, base), "well": compare(base, base)}
+    for soft in (True, False):
+        bounds = drop_bounds(tasks, tasks["well"], 0.01, soft)
+        assert bounds["hurt"] > 0.005
+        assert bounds["well"] < 0.005
+        assert bounds["pooled"] < 0.005
+    assert set(drop_bounds({"well": tasks["well"]}, tasks["well"], 0.01, True)) == {"pooled"}
+
+
+def test_broken_model_alarms(loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]) -> None:
+    model = tiny.adapted(0.1)
+    on = next(module for _, module in adapter_modules(model))
+    scorer, _ = scored(model, lambda logits: logits * float("nan") if on.enabled else logits)
+    report = Monitor(loaded, items_per_look=60).look(scorer, 5)
+    assert "pooled" in report.alarms
+    assert report.pooled.acc == 0.0
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tolerance": -0.1}, "`tolerance`.*got -0.1"),
+        ({"tolerance": 1.0}, "`tolerance`.*got 1.0"),
+        ({"alpha": 0.0}, "`alpha`.*got 0.0"),
+        ({"items_per_look": 0}, "`items_per_eval`.*got 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(loaded: dict[str, LoadedTask], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Monitor(loaded, **kwargs)
