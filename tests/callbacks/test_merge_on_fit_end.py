@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +256,53 @@ def test_a_compiled_model_is_compared_on_fixed_ids_and_not_hooked(tmp_path: Path
     assert merge.report.checked_on == "fixed token ids"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert error(logits(loaded), logits(model)) < 1e-4
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from lightning_lora import LoRA, AdapterCheckpoint, MergeOnFitEnd
+from lightning_lora.errors import MergeError
+from tests.helpers import LM, Tokens, loader, make_trainer, tiny_llama
+
+folder = sys.argv[1]
+
+def run(target):
+    callbacks = [
+        LoRA(r=4),
+        AdapterCheckpoint(f"{folder}/a", "{step}", "train_loss", every_n_train_steps=1, keep_last_n=2),
+        MergeOnFitEnd(target),
+    ]
+    model = LM(tiny_llama())
+    trainer = make_trainer(folder, callbacks, devices=2, strategy="ddp", max_steps=4)
+    trainer.fit(model, loader())
+    return trainer, model
+
+trainer, model = run(f"{folder}/m")
+with torch.no_grad():
+    live = model.eval()(Tokens(4).data)
+torch.save(live, f"{folder}/live_{trainer.global_rank}.pt")
+try:
+    run(f"{folder}/taken")
+except MergeError as error:
+    open(f"{folder}/refused_{trainer.global_rank}.txt", "w").write(str(error))
+"""
+
+
+def test_two_processes_write_one_folder_and_fail_together(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    live = torch.load(tmp_path / "live_0.pt")
+    assert torch.equal(live, torch.load(tmp_path / "live_1.pt"))
+    assert error(logits(loaded), live) < 1e-4
+    kept = {p.stem for p in (tmp_path / "a").glob("*.ckpt")}
+    assert {"step=3", "step=4"} <= kept
+    assert all((tmp_path / "a" / name / "adapter_config.json").is_file() for name in kept)
+    assert "not empty" in (tmp_path / "refused_0.txt").read_text()
+    assert "the first process could not" in (tmp_path / "refused_1.txt").read_text()

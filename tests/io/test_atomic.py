@@ -5,60 +5,59 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lightning_lora.errors import CheckpointError
-from lightning_lora.io.atomic import atomic_folder, atomic_write, clean_leftovers, recover, remove_folder
+from lightning_lora.io.atomic import (
+    _hidden,
+    atomic_folder,
+    atomic_write,
+    clean_leftovers,
+    recover,
+    remove_folder,
+)
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from lightning_lora.io.atomic import atomic_folder, atomic_write, _hidden, _swap, sync_folder
 
-target, point = Path(sys.argv[1]), sys.argv[2]
+def forked(work: Callable[[], object]) -> int:
+    """Start a child process that does `work`; its id. No new interpreter: importing one takes seconds."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-if point == "in_file":
-    with atomic_write(target) as part:
-        part.write_text("ne")
+def killed_at(point: str, target: Path) -> None:
+    """Let a child begin a write and kill itself at a point of it."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        if point == "in_file":
+            with atomic_write(target) as part:
+                part.write_text("ne")
+                die()
+        if point == "in_folder":
+            with atomic_folder(target) as part:
+                (part / "a").write_text("new")
+                die()
+        aside = _hidden(target, "old")
+        os.rename(target, aside)
+        if point == "between_renames":  # the one moment at which the name stands for nothing
+            die()
+        target.mkdir()
+        (target / "a").write_text("new")
         die()
-if point == "in_folder":
-    with atomic_folder(target) as part:
-        (part / "a").write_text("new")
-        die()
-if point == "between_renames":  # the one moment at which the name stands for nothing
-    os.rename(target, _hidden(target, "old"))
-    die()
-if point == "before_removal":
-    part = _hidden(target, "new")
-    part.mkdir()
-    (part / "a").write_text("new")
-    aside = _hidden(target, "old")
-    os.rename(target, aside)
-    os.rename(part, target)
-    die()
-if point == "loop":  # the parent kills at any moment
-    print("ready", flush=True)
-    for i in range(10 ** 9):
-        with atomic_folder(target) as part:
-            for name in "ab":
-                (part / name).write_text(str(i) * 1000)
-"""
 
-
-def run_child(target: Path, point: str) -> int:
-    """Run a child that kills itself at a point of a write; its return code."""
-    return subprocess.run([sys.executable, "-c", CHILD, str(target), point], env=child_env()).returncode
-
-
-def child_env() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    _, status = os.waitpid(forked(work), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def old_folder(target: Path) -> Path:
@@ -138,7 +137,7 @@ def test_a_kill_while_writing_leaves_the_old_and_the_next_write_cleans_up(tmp_pa
         target.write_text("old")
     else:
         old_folder(target)
-    assert run_child(target, point) == -signal.SIGKILL
+    killed_at(point, target)
     assert (target if point == "in_file" else target / "a").read_text() == "old"
     assert len(hidden(tmp_path)) == 1
     with atomic_write(tmp_path / "other") as part:
@@ -148,7 +147,7 @@ def test_a_kill_while_writing_leaves_the_old_and_the_next_write_cleans_up(tmp_pa
 
 def test_a_kill_between_the_renames_leaves_the_old_folder_recoverable(tmp_path: Path) -> None:
     target = old_folder(tmp_path / "t")
-    assert run_child(target, "between_renames") == -signal.SIGKILL
+    killed_at("between_renames", target)
     assert not target.exists()
     clean_leftovers(tmp_path)  # does not take the only whole one
     assert recover(target)
@@ -158,7 +157,7 @@ def test_a_kill_between_the_renames_leaves_the_old_folder_recoverable(tmp_path: 
 
 def test_a_kill_between_the_renames_then_a_failed_write_keeps_the_old_folder(tmp_path: Path) -> None:
     target = old_folder(tmp_path / "t")
-    run_child(target, "between_renames")
+    killed_at("between_renames", target)
     with pytest.raises(RuntimeError), atomic_folder(target):
         raise RuntimeError
     assert (target / "a").read_text() == "old"
@@ -166,7 +165,7 @@ def test_a_kill_between_the_renames_then_a_failed_write_keeps_the_old_folder(tmp
 
 def test_a_kill_before_the_removal_leaves_the_new_folder_and_rubbish_that_goes(tmp_path: Path) -> None:
     target = old_folder(tmp_path / "t")
-    assert run_child(target, "before_removal") == -signal.SIGKILL
+    killed_at("before_removal", target)
     assert (target / "a").read_text() == "new"
     assert len(clean_leftovers(tmp_path)) == 1
     assert hidden(tmp_path) == []
@@ -174,19 +173,20 @@ def test_a_kill_before_the_removal_leaves_the_new_folder_and_rubbish_that_goes(t
 
 def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
     target = tmp_path / "t"
-    for delay in (0.0, 0.003, 0.011, 0.02):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(target), "loop"], env=child_env(), stdout=subprocess.PIPE
-        )
-        assert child.stdout is not None
-        child.stdout.readline()
+
+    def write_for_ever() -> None:
+        for i in range(10**9):
+            with atomic_folder(target) as part:
+                for name in "ab":
+                    (part / name).write_text(str(i) * 1000)
+
+    for delay in (0.02, 0.023, 0.031, 0.04, 0.047):
+        pid = forked(write_for_ever)
         while not target.exists():
-            pass
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(timeout=0.05 + delay)
-        child.kill()
-        child.wait()
-        child.stdout.close()
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         recover(target)
         a, b = (target / "a").read_text(), (target / "b").read_text()
         assert a == b
