@@ -256,6 +256,8 @@ def _close_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # read by nothing but the choice of the fast path
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # the form of a padded batch that only the fast path takes
 
 
 def _pack(layer: nn.Module, config: LoRAConfig) -> PackedLinear:

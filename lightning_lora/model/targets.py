@@ -43,10 +43,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     linears = _linears(model)
     prefix = inner_model(model)[0]
     heads = find_heads(model, linears)
-    saved = _saved(model, config, prefix) + [
-        name for name in _fresh_task_heads(model, config) if not _inside(name, config.modules_to_save or [])
-    ]
-    saved = _outermost(dict.fromkeys(saved))
+    saved = _saved(model, config, prefix)
+    fresh = [name for name in _fresh_task_heads(model) if not _under(name, saved)]
+    if fresh:
+        _notice_task_head(fresh)
+    saved = _outermost(dict.fromkeys(saved + fresh))
     free = [name for name in linears if not _under(name, saved)]
     if config.target_modules == "all-linear":
         chosen = [name for name in free if name not in heads]
@@ -132,7 +133,7 @@ def _saved(model: nn.Module, config: LoRAConfig, prefix: str) -> list[str]:
     return saved
 
 
-def _fresh_task_heads(model: nn.Module, config: LoRAConfig) -> list[str]:
+def _fresh_task_heads(model: nn.Module) -> list[str]:
     """Modules of a transformers task model outside its ``base_model`` that no pretrained file filled."""
     fresh = []
     for name, hf in hf_models(model):
@@ -145,22 +146,17 @@ def _fresh_task_heads(model: nn.Module, config: LoRAConfig) -> list[str]:
             new = parameters and not all(getattr(p, "_is_hf_initialized", False) for p in parameters)
             if child is not base and new:
                 fresh.append(f"{name}.{child_name}" if name else child_name)
-    if fresh:
-        warnings.warn(
-            f"the task head {fresh} was freshly initialised: it is trained in full, as `modules_to_save`",
-            Notice,
-            stacklevel=2,
-        )
     return fresh
+
+
+def _notice_task_head(names: list[str]) -> None:
+    text = f"the task head {names} was freshly initialised: it is trained in full, as `modules_to_save`"
+    warnings.warn(text, Notice, stacklevel=4)
 
 
 def _outermost(names: Iterable[str]) -> list[str]:
     names = list(names)
     return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-
-
-def _inside(name: str, entries: list[str]) -> bool:
-    return any(name == e or name.endswith(f".{e}") for e in entries)
 
 
 def _under(name: str, parents: list[str]) -> bool:

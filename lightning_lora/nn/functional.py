@@ -39,7 +39,7 @@ def lora_linear(
     bias: Tensor | None = None,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
     """``x W^T + b + scale * D(x) A^T B^T``; without ``lora_A`` the frozen part alone.
@@ -53,7 +53,7 @@ def lora_linear(
         bias: Bias ``(out,)``.
         lora_A: Factor ``(r, in)``, in any floating dtype.
         lora_B: Factor ``(out, r)``.
-        scale: Factor of the update.
+        scale: Factor of the update; a 0-dim tensor where compiled code must not depend on its value.
         dropout: Share of the adapter's input to drop; 0 outside training.
 
     Returns:
@@ -65,7 +65,7 @@ def lora_linear(
     return _LoRALinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout, seed)
 
 
-def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Tensor, dropout: float) -> Tensor:
     """``y + scale * D(x) A^T B^T`` by plain operations, for a base that computes ``y`` in its own way."""
     u = F.linear(F.dropout(x, dropout) if dropout > 0.0 else x, lora_A.to(x.dtype))
     return y + scale * F.linear(u, lora_B.to(x.dtype))
@@ -113,7 +113,7 @@ def _eager(
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     dropout: float,
 ) -> Tensor:
     y = F.linear(x, weight, _cast(bias, x.dtype))

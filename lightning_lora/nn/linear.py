@@ -29,6 +29,8 @@ class LoRAAdapter(KeepsDType):
     They are master weights: fp32 (or ``adapter_dtype``) whatever the model is cast to.
     """
 
+    strength: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, r: int, init: str, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -36,6 +38,8 @@ class LoRAAdapter(KeepsDType):
         self.init = init
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
+        # The strength once more as a tensor: compiled code reads it, and a new value compiles nothing anew.
+        self.register_buffer("strength", torch.ones((), device=device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -45,6 +49,7 @@ class LoRAAdapter(KeepsDType):
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self.strength.fill_(1.0)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -91,6 +96,17 @@ class LoRALinear(AdapterModule):
         return self.adapter.lora_B
 
     @property
+    def strength(self) -> float:
+        """lambda, what the update is multiplied by besides `scaling`."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
+        if "adapter" in self._modules:  # not yet while the base class is set up
+            self.adapter.strength.fill_(value)
+
+    @property
     def scaling(self) -> float:
         """``lora_alpha / r``, or ``lora_alpha / sqrt(r)``; `strength` not included."""
         return scaling(self.r, self.lora_alpha, self.use_rslora)
@@ -131,9 +147,10 @@ class LoRALinear(AdapterModule):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in)``; the output ``(..., out)`` has the dtype that the base layer would give it."""
         base = self.base_layer
-        active = self.enabled and self.strength != 0.0
+        compiling = torch.compiler.is_compiling()
+        active = self.enabled and (compiling or self.strength != 0.0)
         dropout = self.lora_dropout if self.training else 0.0
-        scale = self.scaling * self.strength
+        scale = self.scaling * (self.adapter.strength if compiling else self.strength)
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
         elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):

@@ -9,8 +9,9 @@ largest magnitude ``absmax`` and, per element, the index of the nearest of 16 le
 "nf4-dq" packs ``absmax`` once more: minus its mean, in blocks of 256, to 8-bit dynamic levels.
 "int8" keeps a row's largest magnitude and ``round(127 w / absmax)`` (LLM.int8, without outliers).
 
-Layout and codes are those of bitsandbytes, whose kernels are called where it is installed; without it the
-torch operations below give the same codes. Neither its modules nor their in-place repacking are used.
+Layout and 4-bit codes are those of bitsandbytes, whose kernels are called where it is installed; without it
+the torch operations below give the same codes. The 8-bit codes of the scales are the nearest levels; its CPU
+kernel takes the second nearest for about one scale in 700. Neither its modules nor their in-place repacking are used.
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fingerprint: the same for the same base wherever it sits, another after any step of training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.fingerprint import fingerprint
+from tests.helpers import LM, TinyNet, tiny_gpt2, tiny_llama
+
+
+def test_the_same_base_has_the_same_value_alone_copied_reloaded_and_in_a_module(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = tiny_llama()
+    value = fingerprint(model)
+    assert set(value) == {"version", "digest", "tensors"}
+    assert value["version"] == 1
+    assert len(value["digest"]) == 64
+    assert value == fingerprint(model)
+    assert value == fingerprint(copy.deepcopy(model))
+    assert value == fingerprint(LM(model))
+    model.save_pretrained(tmp_path)
+    assert value == fingerprint(LlamaForCausalLM.from_pretrained(tmp_path))
+    net = TinyNet()
+    assert fingerprint(net) == fingerprint(LM(net))
+
+
+def test_it_is_taken_before_packing_and_does_not_depend_on_the_adapters() -> None:
+    value = fingerprint(tiny_llama())
+    for config in (LoRAConfig(r=4), LoRAConfig(r=8, quantize="nf4", modules_to_save=["lm_head"])):
+        assert apply_lora(tiny_llama(), config).fingerprint == value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_on_any_single_tensor_changes_it(dtype: torch.dtype) -> None:
+    model = tiny_gpt2().to(dtype)
+    before = fingerprint(model)
+    digests = {before["digest"]}
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        optimizer = torch.optim.Adam([parameter], lr=1e-3)
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        digest = fingerprint(model)["digest"]
+        if parameter.dim() == 1 and torch.equal(parameter, kept):
+            continue  # a step that bf16 rounds away
+        assert digest not in digests, name
+        digests.add(digest)
+        parameter.data = kept
+    assert fingerprint(model) == before
+
+
+def test_dtype_shape_and_buffers_count() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    value = fingerprint(net)
+    assert value["tensors"] == 7
+    net[1].running_mean += 1
+    assert fingerprint(net) != value
+    assert fingerprint(copy.deepcopy(net).bfloat16()) != fingerprint(net)
+    assert fingerprint(tiny_llama(tie_word_embeddings=True)) != fingerprint(tiny_llama())
+
+
+def test_on_meta_there_is_none() -> None:
+    assert fingerprint(TinyNet().to("meta")) is None
