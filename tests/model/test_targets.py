@@ -121,9 +121,8 @@ def test_layer_ranges() -> None:
 def test_a_list_entry_chooses_what_it_matches_and_the_others_are_named() -> None:
     model = tiny_llama()
     said = notices(lambda: _targets(model, target_modules=["q_proj", "upproj"]))
-    assert said == [
-        "`target_modules` entries ['upproj'] match no linear layer; the nearest names are ['up_proj', 'v_proj', 'q_proj']"
-    ]
+    near = "['up_proj', 'v_proj', 'q_proj']"
+    assert said == [f"`target_modules` entries ['upproj'] match no linear layer; the nearest names are {near}"]
 
 
 def test_excludes_and_layers_that_match_nothing_are_named() -> None:
