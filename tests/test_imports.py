@@ -33,15 +33,9 @@ print(",".join(sorted(every & set({never!r}) | new & set({not_by_us!r}))))
 def brought_by(statement: str) -> set[str]:
     """The forbidden libraries that a fresh interpreter has loaded after ``statement``."""
     code = PROBE.format(statement=statement, never=NEVER, not_by_us=NOT_BY_US)
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr
-    return (
-        set(filter(None, result.stdout.strip().splitlines()[-1].split(",")))
-        if result.stdout.strip()
-        else set()
-    )
+    return set(filter(None, result.stdout.strip().splitlines()[-1].split(","))) if result.stdout.strip() else set()
 
 
 def test_import_brings_no_optional_library() -> None:
@@ -49,10 +43,7 @@ def test_import_brings_no_optional_library() -> None:
 
 
 def test_every_public_name_brings_no_optional_library() -> None:
-    assert (
-        brought_by("import lightning_lora\nfor n in lightning_lora.__all__: getattr(lightning_lora, n)")
-        == set()
-    )
+    assert brought_by("import lightning_lora\nfor n in lightning_lora.__all__: getattr(lightning_lora, n)") == set()
 
 
 def test_probe_can_fail() -> None:

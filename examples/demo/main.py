@@ -55,7 +55,8 @@ class TargetLoss(L.Callback):
         print("     trained; now every item of the general tasks, by model and base, and the merge", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.by_step[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+        self.by_step[trainer.global_step] = loss = float(trainer.callback_metrics["val_loss"])
+        print(f"     step {trainer.global_step}: loss {loss:.3f}", flush=True)
 
 
 def main() -> int:

@@ -103,9 +103,7 @@ def test_help_has_a_line_for_every_argument(name: str, capsys: pytest.CaptureFix
     helped = help_lines(capsys.readouterr().out)
     for argument in arguments_of(getattr(lightning_lora, name)):
         assert argument in helped, f"{name}.{argument} does not appear in the help"
-        assert len(helped[argument].split()) >= 3, (
-            f"{name}.{argument} has no line of help: {helped[argument]!r}"
-        )
+        assert len(helped[argument].split()) >= 3, f"{name}.{argument} has no line of help: {helped[argument]!r}"
 
 
 def test_help_check_can_fail() -> None:
