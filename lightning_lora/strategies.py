@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_write
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
+from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.rng import RNGState
 
@@ -42,17 +45,18 @@ class AdapterStateMixin(Strategy):
     """Put before a strategy's class: its checkpoints hold adapters, and resume is exact.
 
     The frozen base is never gathered, written or asked for; the user's own ``state_dict()`` stays whole.
-    Each process's random state travels with training checkpoints. It is put back when training resumes:
-    before the loader's iterator is made where the next thing is a new epoch (it draws the order), and after
-    every ``on_train_start`` hook where the cut was inside one (the iterator stands already).
+    Each process's random state travels with training checkpoints, and is put back after every
+    ``on_train_start`` hook when training resumes. What validation draws is not part of the run (resumed at
+    a step where it is due, Lightning leaves it out), nor is what is drawn after training.
     """
 
     # Lightning's strategies have these, though their common base does not declare them.
     world_size: int
     global_rank: int
 
-    _resumed: dict[str, Any] | None = None
-    _at_train_end: dict[str, Any] | None = None
+    _resumed: tuple[Place, dict[str, Any]] | None = None
+    _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
+    _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -82,10 +86,22 @@ class AdapterStateMixin(Strategy):
     ) -> None:
         """Add the ``lightning_lora`` entry and write; called on every rank."""
         entry = metadata(self._converted_module())
-        if "loops" in checkpoint:
-            entry.update(self._training_state())
+        if "optimizer_states" in checkpoint:  # not in weights-only checkpoints
+            entry["rng"] = self._gather_random_states()
+            if self._ended_at is not None:  # the loader has forgotten its place by now
+                checkpoint["loops"]["fit_loop"] = self._ended_at
         checkpoint[KEY] = entry
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint and tell its place in the epoch as Lightning resumes it rightly."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if "fit_loop" in checkpoint.get("loops", {}):
+            fit_loop = checkpoint["loops"]["fit_loop"]
+            settle(fit_loop)
+            if len((checkpoint.get(KEY) or {}).get("rng", [])) not in (0, self.world_size):
+                fit_loop["state_dict"].pop("combined_loader", None)  # of one rank's share of the data
+        return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Lightning calls this when training resumes, and only then; so the random state is taken here."""
@@ -95,33 +111,57 @@ class AdapterStateMixin(Strategy):
             return
         states = entry["rng"]
         if len(states) != self.world_size:
-            _notice(
+            self._notice(
                 f"the checkpoint was written by {len(states)} processes and is resumed by {self.world_size}: the "
-                "adapters are the same, the order of the data and the random numbers are not"
+                "adapters are the same; the random numbers are not, and the epoch's data begins anew"
             )
-        if entry["after_fit"]:
-            _notice(
-                "the checkpoint was saved after `fit` had returned: its place in the epoch may be lost. Use "
-                "`ModelCheckpoint(save_last=True)` to resume exactly"
-            )
+        self._run_state = self._ended_at = None
         if self.global_rank < len(states):
-            mid_epoch = _is_mid_epoch(checkpoint["loops"]["fit_loop"])
-            self._resumed = {"state": states[self.global_rank], "mid_epoch": mid_epoch}
-            RNGState.from_dict(states[self.global_rank]).restore()
+            state = states[self.global_rank]
+            self._resumed = (settle(checkpoint["loops"]["fit_loop"]), state)
+            RNGState.from_dict(state).restore()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Forget the run before."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = self._run_state = self._ended_at = None
+        super().setup(trainer)
 
     def on_train_start(self) -> None:
-        """Lightning calls the strategy's hook after all callbacks' and the module's."""
+        """Lightning calls the strategy's hook after all callbacks' and the module's: the last before the loop."""
         super().on_train_start()
-        self._at_train_end = None
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None and resumed["mid_epoch"]:
-            self._check_loaders()
-            RNGState.from_dict(resumed["state"]).restore()
+        if self._resumed is None:
+            return
+        (place, state), self._resumed = self._resumed, None
+        if place == "start":
+            return
+        for loader in torch.utils._pytree.tree_leaves(self._trainer.train_dataloader):
+            for text in lost_places(loader, place):
+                self._notice(text)
+        if place == "inside":
+            _pass_validation_by(self._trainer.fit_loop)
+        else:
+            _begin_epoch(self._trainer.fit_loop)
+        RNGState.from_dict(state).restore()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step; validation may follow it."""
+        output = super().training_step(*args, **kwargs)
+        if self._trainer.enable_validation:
+            self._run_state = RNGState.capture().to_dict()
+        return output
+
+    def on_validation_end(self) -> None:
+        """Training goes on with the random numbers that it had before."""
+        super().on_validation_end()
+        if self._in_fit_validation() and self._run_state is not None:
+            RNGState.from_dict(self._run_state).restore()
 
     def on_train_end(self) -> None:
-        """What is drawn after training is not part of the run: a checkpoint saved later does not see it."""
+        """What comes after training is not part of the run: a checkpoint saved later does not see it."""
         super().on_train_end()
-        self._at_train_end = RNGState.capture().to_dict()
+        self._run_state = RNGState.capture().to_dict()
+        self._ended_at = self._trainer.fit_loop.state_dict()
 
     def _converted_module(self) -> torch.nn.Module:
         module = self.lightning_module
@@ -132,30 +172,26 @@ class AdapterStateMixin(Strategy):
             )
         return module
 
-    def _training_state(self) -> dict[str, Any]:
-        own = self._at_train_end or RNGState.capture().to_dict()
-        states: list[Any] = [own]
-        if self.world_size > 1:
-            states = [None] * self.world_size
-            torch.distributed.all_gather_object(states, own)
-        return {"rng": states, "after_fit": self._at_train_end is not None}
+    @property
+    def _trainer(self) -> Trainer:
+        return self.lightning_module.trainer  # type: ignore[union-attr]
 
-    def _check_loaders(self) -> None:
-        """Say which train loader cannot go on inside an epoch."""
-        module = self.lightning_module
-        loaders = torch.utils._pytree.tree_leaves(module.trainer.train_dataloader) if module else []
-        for loader in loaders:
-            if not hasattr(loader, "load_state_dict"):
-                _notice(
-                    f"the train loader ({type(loader).__name__}) cannot go on inside an epoch: it starts the epoch "
-                    "anew, so this run will see other batches than an uncut one. Use torchdata's `StatefulDataLoader`"
-                )
-            elif self.world_size > 1 and _draws_own_order(loader):
-                _notice(
-                    "the shuffled train loader has a sampler without a state (Lightning's own on several "
-                    "processes): the resumed epoch has another order. Use torchdata's "
-                    "`StatefulDistributedSampler(dataset, seed=...)`"
-                )
+    def _notice(self, text: str) -> None:
+        if self.global_rank == 0:  # every rank would say the same
+            warnings.warn(text, Notice, stacklevel=3)
+
+    def _in_fit_validation(self) -> bool:
+        return self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING
+
+    def _gather_random_states(self) -> list[dict[str, Any]]:
+        """The run's random state on each process."""
+        if self._run_state is None or (self._ended_at is None and not self._in_fit_validation()):
+            self._run_state = RNGState.capture().to_dict()
+        if self.world_size == 1:
+            return [self._run_state]
+        states: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(states, self._run_state)
+        return states
 
 
 class AdapterSingleDeviceStrategy(AdapterStateMixin, SingleDeviceStrategy):
@@ -224,17 +260,18 @@ def attach(strategy: Strategy) -> None:
     strategy.__class__ = type(f"Adapter{kind.__name__}", (AdapterStateMixin, kind), {})
 
 
-def _is_mid_epoch(fit_loop: Mapping[str, Any]) -> bool:
-    progress = fit_loop["epoch_loop.batch_progress"]
-    return progress["current"]["ready"] > 0 and not progress["is_last_batch"]
+def _begin_epoch(fit_loop: _FitLoop) -> None:
+    """Begin the epoch as any other: the iterator that Lightning made on restart drew from another random state."""
+    for loader in torch.utils._pytree.tree_leaves(fit_loop.trainer.train_dataloader):
+        rewind(loader)
+    fit_loop.restarting = False
+    fit_loop.epoch_loop.on_iteration_done()
+    fit_loop.on_iteration_done()
 
 
-def _draws_own_order(loader: DataLoader) -> bool:
-    sampler = getattr(loader, "sampler", None)
-    if hasattr(sampler, "state_dict") or isinstance(sampler, SequentialSampler):
-        return False
-    return not isinstance(sampler, DistributedSampler) or sampler.shuffle
-
-
-def _notice(text: str) -> None:
-    warnings.warn(text, Notice, stacklevel=3)
+def _pass_validation_by(fit_loop: _FitLoop) -> None:
+    """Where validation is due, Lightning pretends to have run it, and draws for it; after validation it does not."""
+    loop = fit_loop.epoch_loop
+    if loop.restarted_on_train_batch_end and loop._should_check_val_fx(fit_loop._data_fetcher):  # type: ignore[arg-type]
+        loop.batch_progress.increment_completed()
+        loop.update_restart_stage()

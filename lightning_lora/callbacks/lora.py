@@ -205,10 +205,10 @@ def _optimizers_in(result: Any) -> list[Optimizer]:
     if isinstance(result, Optimizer):
         return [result]
     if isinstance(result, dict):
-        return [result["optimizer"]]
+        return _optimizers_in(result.get("optimizer"))  # None: a scheduler's dict in the second list
     if isinstance(result, list | tuple):
         return [optimizer for item in result for optimizer in _optimizers_in(item)]
-    return []  # None, or a scheduler in the second list
+    return []  # None, or a scheduler
 
 
 @contextmanager

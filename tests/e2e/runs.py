@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are cut and resumed, in this process or, as a script, in two.
+
+``python tests/e2e/runs.py scenario.json``: Lightning's subprocess launcher starts the same command again
+for the second rank. Every rank leaves what it found in ``<folder>/rank<n>.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora.errors import Notice
+from tests.helpers import LM, TinyNet, Tokens
+
+STEPS, CUT = 60, 37
+
+
+class Noisy(Dataset):
+    """Tokens that are changed at random when they are read, by all three global generators."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = torch.randint(4, (16,)) + random.randrange(4) + int(np.random.randint(4))
+        return (self.data[index] + noise) % 64
+
+
+class Module(LM):
+    """A plain net with dropout; with a scheduler when asked to; may draw in hooks and in validation."""
+
+    def __init__(self, seed: int = 0, schedule: bool = False, drawing: bool = False) -> None:
+        torch.manual_seed(0)
+        super().__init__(TinyNet(dropout=0.1), lr=5e-3)
+        self.seed, self.schedule, self.drawing = seed, schedule, drawing
+        self.seen: list[Tensor] = []
+        self.epochs: list[int] = []
+
+    def on_fit_start(self) -> None:
+        """Seeds each rank its own way: Lightning seeds all alike when they start."""
+        seed_all(self.seed + self.global_rank)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Notes what it saw."""
+        self.seen.append(batch.clone())
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """May draw."""
+        if self.drawing:
+            batch = (batch + torch.randint(3, batch.shape)) % 64
+        super().validation_step(batch, batch_idx)
+
+    def on_train_epoch_start(self) -> None:
+        """May draw; notes the epoch."""
+        self.epochs.append(self.current_epoch)
+        if self.drawing:
+            torch.rand(3)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with a scheduler a step when asked to."""
+        optimizer = super().configure_optimizers()
+        if not self.schedule:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.05 * step))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def seed_all(seed: int) -> None:
+    """Seed the three global generators, and not the seed that Lightning's samplers take."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@dataclass
+class Scenario:
+    """One kind of run. ``size`` items, ``batch`` of them a step and a process."""
+
+    folder: str
+    quantize: str = "none"
+    devices: int = 1
+    loader: str = "stateful"  # plain, stateful, stateful_injected
+    size: int = STEPS * 4
+    batch: int = 4
+    workers: int = 0
+    noisy: bool = False
+    schedule: bool = False
+    drawing: bool = False
+    validation: bool = False
+    steps: int = STEPS
+    cut: int = CUT
+    save: str = "every"  # every, epoch_end, last, monitor, inside, after
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def train_loader(s: Scenario) -> DataLoader:
+    """The scenario's loader, shuffled."""
+    data: Dataset = Tokens(s.size)
+    data = Noisy(data) if s.noisy else data
+    kind = DataLoader if s.loader == "plain" else StatefulDataLoader
+    if s.devices > 1 and s.loader == "stateful":
+        sampler = StatefulDistributedSampler(data, seed=3, num_replicas=s.devices, rank=_rank())
+        return StatefulDataLoader(data, batch_size=s.batch, sampler=sampler, num_workers=s.workers)
+    return kind(data, batch_size=s.batch, shuffle=True, num_workers=s.workers)
+
+
+def _rank() -> int:
+
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+class SaveInside(L.Callback):
+    """Saves as a user does, from a hook."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Save once."""
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    s: Scenario, name: str, steps: int, seed: int, ckpt: Path | None = None, devices: int | None = None
+) -> tuple[Module, list[str]]:
+    """Train; returns the module and the notices."""
+    folder = Path(s.folder, name)
+    L.seed_everything(7, verbose=False)  # the same in all runs, as a script has it
+    module = Module(seed, s.schedule, s.drawing)
+    seed_all(seed)
+    loader = train_loader(s)
+    callbacks: list[L.Callback] = [LoRA(r=4, lora_dropout=0.1, quantize=s.quantize)]  # type: ignore[arg-type]
+    if s.save == "every":
+        callbacks.append(ModelCheckpoint(folder, filename="cut", every_n_train_steps=s.cut, save_top_k=-1))
+    elif s.save == "epoch_end":
+        callbacks.append(ModelCheckpoint(folder, filename="cut"))
+    elif s.save == "monitor":
+        callbacks.append(ModelCheckpoint(folder, filename="{step}", monitor="val_loss", save_top_k=-1))
+    elif s.save == "last":
+        callbacks.append(ModelCheckpoint(folder, filename="other", save_last=True))
+    elif s.save == "inside":
+        callbacks.append(SaveInside(s.cut, folder / "cut.ckpt"))
+    devices = devices or s.devices
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=steps, default_root_dir=folder,
+        enable_checkpointing=s.save in ("every", "epoch_end", "last", "monitor"), callbacks=callbacks,
+        **{"max_epochs": -1, **s.trainer},
+    )  # fmt: skip
+    val = DataLoader(Tokens(8), batch_size=4) if s.validation else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader, val, ckpt_path=ckpt)
+        if s.save == "after":
+            trainer.save_checkpoint(folder / "cut.ckpt")
+    assert trainer.global_step == steps
+    return module, [str(w.message) for w in caught if issubclass(w.category, Notice)]
+
+
+def cut_path(s: Scenario) -> Path:
+    """The checkpoint that the cut run left."""
+    name = {"last": "last.ckpt", "monitor": f"step={s.cut}.ckpt"}.get(s.save, "cut.ckpt")
+    return Path(s.folder, "cut", name)
+
+
+def play(s: Scenario, uncut: tuple[Module, list[str]] | None = None) -> dict[str, Any]:
+    """An uncut run, one that is cut, and the cut one resumed under another seed."""
+    whole, _ = uncut or fit(s, "whole", s.steps, seed=7)
+    fit(s, "cut", s.cut, seed=7)
+    resumed, notices = fit(s, "resumed", s.steps, seed=12345, ckpt=cut_path(s))
+    return {
+        "whole": {k: v.clone() for k, v in adapter_state_dict(whole).items()},
+        "resumed": {k: v.clone() for k, v in adapter_state_dict(resumed).items()},
+        "batches": [bool((a == b).all()) for a, b in zip(whole.seen[-len(resumed.seen) :], resumed.seen, strict=True)],
+        "notices": notices,
+    }
+
+
+def main() -> None:
+    """Play the scenarios of a file, in order, on every rank."""
+    scenarios = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    for values in scenarios:
+        s = Scenario(**values)
+        result = play(s)
+        torch.save(result, Path(s.folder, f"rank{_rank()}.pt"))
+
+
+if __name__ == "__main__":
+    main()

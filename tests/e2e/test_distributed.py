@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes over gloo: exact resume, equal adapters, adapter-only checkpoints with each rank's random state."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora.rng import RNGState
+from tests.e2e.runs import Scenario, cut_path, fit
+
+SCRIPT = Path(__file__).parent / "runs.py"
+
+SHORT = {"steps": 14, "cut": 8, "size": 64}  # 8 steps an epoch
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "dense": {"size": 480},
+    "nf4": {"size": 480, "quantize": "nf4"},
+    "stopped": {"size": 160, "steps": 20, "cut": 11, "save": "epoch_end", "noisy": True},
+    "after_fit": {"size": 160, "steps": 20, "cut": 11, "save": "after", "validation": True, "drawing": True},
+    "epochs": {**SHORT, "save": "epoch_end"},
+    "epochs_plain": {**SHORT, "loader": "plain", "noisy": True},
+    "plain": {**SHORT, "size": 160, "loader": "plain"},
+    "injected": {**SHORT, "size": 160, "loader": "stateful_injected"},
+    "epochs_injected": {**SHORT, "loader": "stateful_injected"},
+}
+EXACT = ("dense", "nf4", "stopped", "after_fit", "epochs", "epochs_plain")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All scenarios, played by one launch of two processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    values = [{"folder": str(folder / name), "devices": 2, **values} for name, values in SCENARIOS.items()]
+    (folder / "scenarios.json").write_text(json.dumps(values))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder / "scenarios.json")], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def result(runs: Path, name: str, rank: int) -> dict[str, Any]:
+    return torch.load(runs / name / f"rank{rank}.pt")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_resumes_exactly_on_both_ranks(runs: Path, name: str) -> None:
+    for rank in (0, 1):
+        found = result(runs, name, rank)
+        assert all(found["batches"])
+        assert equal(found["whole"], found["resumed"])
+        assert found["notices"] == []
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_ranks_end_with_equal_adapters(runs: Path, name: str) -> None:
+    first, second = result(runs, name, 0), result(runs, name, 1)
+    assert equal(first["whole"], second["whole"])
+    assert equal(first["resumed"], second["resumed"])
+    assert any(t.abs().sum() > 0 for n, t in first["whole"].items() if n.endswith("lora_B"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plain", "cannot go on inside an epoch"),
+        ("injected", "StatefulDistributedSampler"),
+        ("epochs_injected", "StatefulDistributedSampler"),
+    ],
+)
+def test_what_is_not_exact_is_said_once(runs: Path, name: str, text: str) -> None:
+    assert not all(result(runs, name, 0)["batches"])
+    assert [text in n for n in result(runs, name, 0)["notices"]] == [True]
+    assert result(runs, name, 1)["notices"] == []
+
+
+def test_checkpoint_holds_adapters_and_the_random_state_of_every_rank(runs: Path) -> None:
+    checkpoint = torch.load(cut_path(Scenario(str(runs / "nf4"))), weights_only=True)
+    assert sorted(checkpoint["state_dict"]) == [
+        f"net.{layer}.adapter.lora_{factor}" for layer in ("first", "second") for factor in "AB"
+    ]
+    states = [RNGState.from_dict(values) for values in checkpoint["lightning_lora"]["rng"]]
+    assert len(states) == 2
+    assert not torch.equal(states[0].torch_cpu, states[1].torch_cpu)
+
+
+def test_resumed_by_one_process_gives_a_notice(runs: Path, tmp_path: Path) -> None:
+    path = cut_path(Scenario(str(runs / "dense")))
+    s = Scenario(str(tmp_path), size=480, save="every", cut=38, steps=38)
+    _, notices = fit(s, "one", steps=38, seed=1, ckpt=path)
+    assert any("written by 2 processes and is resumed by 1" in n for n in notices)
+
+
+def test_adapters_of_two_processes_load_into_one(runs: Path, tmp_path: Path) -> None:
+    from lightning_lora import LoRA, adapter_state_dict
+    from tests.e2e.runs import Module, train_loader
+    from tests.helpers import make_trainer
+
+    path = cut_path(Scenario(str(runs / "dense")))
+    module = Module()
+    make_trainer(tmp_path, [LoRA(r=4, lora_dropout=0.1)]).test(
+        module, train_loader(Scenario("", size=8)), ckpt_path=path, verbose=False
+    )
+    assert equal(torch.load(path)["state_dict"], adapter_state_dict(module))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is cut and resumed ends with the same bits as one that is not, wherever it is cut."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.runs import Scenario, fit, play
+
+EXACT: dict[str, dict[str, Any]] = {
+    # inside an epoch, whichever hook writes the checkpoint
+    "step": {},
+    "step_nf4": {"quantize": "nf4"},
+    "stopped_by_max_steps": {"save": "epoch_end"},
+    "save_last": {"save": "last"},
+    "trainer_save_in_a_hook": {"save": "inside"},
+    "trainer_save_after_fit": {"save": "after"},
+    "second_epoch": {"size": 32},
+    # what else draws
+    "items_draw": {"noisy": True},
+    "hooks_draw": {"drawing": True},
+    "validation_draws_at_the_cut": {"drawing": True, "validation": True, "trainer": {"val_check_interval": 11}},
+    "validation_monitored": {"drawing": True, "validation": True, "save": "monitor", "steps": 16, "cut": 10,
+                             "size": 80, "trainer": {"val_check_interval": 5}},
+    "workers": {"workers": 2},
+    # what else has a state
+    "accumulation_and_schedule": {"schedule": True, "size": 160, "trainer": {"accumulate_grad_batches": 2}},
+    # between epochs
+    "epochs_step": {"size": 32, "cut": 16, "drawing": True},
+    "epochs_end": {"size": 32, "cut": 16, "save": "epoch_end", "schedule": True},
+    "epochs_validation": {"size": 32, "cut": 8, "save": "monitor", "validation": True, "drawing": True},
+    "epochs_after_fit": {"size": 32, "cut": 16, "save": "after"},
+    "epochs_limited": {"size": 160, "cut": 16, "trainer": {"limit_train_batches": 8}},
+    "plain_step": {"loader": "plain", "size": 32, "cut": 8},
+    "plain_end": {"loader": "plain", "size": 32, "cut": 16, "save": "epoch_end", "noisy": True},
+    "plain_end_validation": {"loader": "plain", "size": 32, "cut": 16, "save": "epoch_end", "validation": True},
+    "plain_validation_draws": {"loader": "plain", "size": 32, "cut": 8, "save": "monitor", "validation": True,
+                               "drawing": True, "noisy": True},
+    "plain_after_fit": {"loader": "plain", "size": 32, "cut": 16, "save": "after"},
+    "plain_workers": {"loader": "plain", "size": 32, "cut": 8, "save": "epoch_end", "workers": 2, "noisy": True},
+}  # fmt: skip
+
+
+def assert_exact(result: dict[str, Any]) -> None:
+    assert result["resumed"].keys() == result["whole"].keys()
+    assert all(result["batches"]), result["batches"]
+    for name, tensor in result["whole"].items():
+        assert torch.equal(tensor, result["resumed"][name]), name
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name: str, tmp_path: Path) -> None:
+    values = {"steps": 20, "cut": 11, "size": 80, **EXACT[name]}
+    result = play(Scenario(str(tmp_path), **values))
+    assert_exact(result)
+    assert any(t.abs().sum() > 0 for n, t in result["whole"].items() if n.endswith("lora_B"))
+    assert not [n for n in result["notices"] if "worker processes" not in n]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_sixty_steps_in_one_epoch_cut_at_37(quantize: str, tmp_path: Path) -> None:
+    result = play(Scenario(str(tmp_path), quantize=quantize))
+    assert len(result["batches"]) == 23
+    assert_exact(result)
+
+
+def test_resumed_in_a_fresh_process(tmp_path: Path) -> None:
+    s = Scenario(str(tmp_path), steps=20, cut=11, size=80, noisy=True)
+    whole, _ = fit(s, "whole", 20, seed=7)
+    fit(s, "cut", 11, seed=7)
+    code = (
+        "import sys, torch; from tests.e2e.runs import *; torch.set_num_threads(1);"
+        "s = Scenario(sys.argv[1], steps=20, cut=11, size=80, noisy=True);"
+        "m, _ = fit(s, 'resumed', 20, seed=5, ckpt=cut_path(s));"
+        "torch.save(adapter_state_dict(m), sys.argv[1] + '/resumed.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2], timeout=120)
+    resumed = torch.load(tmp_path / "resumed.pt")
+    assert all(torch.equal(p, resumed[n]) for n, p in whole.state_dict().items() if n in resumed)
+    assert len(resumed) == 4
+
+
+def test_schedule_of_epochs_is_not_shifted(tmp_path: Path) -> None:
+    """Resumed between two epochs, a run of four epochs trains four: none is skipped or counted twice."""
+    for save in ("every", "epoch_end"):
+        s = Scenario(str(tmp_path / save), steps=16, cut=8, size=16, save=save, trainer={"max_epochs": 4})
+        fit(s, "cut", 8, seed=7)
+        module, _ = fit(s, "resumed", 16, seed=1, ckpt=Path(s.folder, "cut", "cut.ckpt"))
+        assert module.epochs == [2, 3]
+
+
+def test_plain_loader_inside_an_epoch_gives_a_notice(tmp_path: Path) -> None:
+    result = play(Scenario(str(tmp_path), loader="plain", steps=14, cut=11, size=80))
+    assert any("cannot go on inside an epoch" in n and "StatefulDataLoader" in n for n in result["notices"])
+
+
+def test_worker_processes_give_a_notice(tmp_path: Path) -> None:
+    result = play(Scenario(str(tmp_path), workers=2, steps=14, cut=11, size=80))
+    assert any("worker processes" in n for n in result["notices"])
