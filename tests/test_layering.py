@@ -23,7 +23,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": (),
     "rng": (),
-    "nn": ("adapter", "functional", "quantized", "linear", "saved"),
+    "nn": ("adapter", "functional", "quantized", "adopted", "linear", "saved"),
     "model": ("inner", "targets", "fingerprint", "apply", "gradients", "optimizers"),
     "io": (
         "atomic",

@@ -12,14 +12,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.config import DTypeName, InitMode, LoRAConfig, MasterDTypeName, QuantizeMode
 from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import ApplyReport, adapter_record, apply_lora
-from lightning_lora.model.gradients import GradientCheck
+from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora
+from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, repair_optimizers
+from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.strategies import attach
 
 
@@ -103,14 +105,18 @@ class LoRA(Callback):
         self.report: ApplyReport | None = None
         self._succession: Succession | None = None
         self._gradients: GradientCheck | None = None
+        self._stepping = False  # whether a backward came before the optimizer step
+        self._module: pl.LightningModule | None = None
         self._wrapped: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for conversion: the end of ``configure_model`` precedes both restore and optimizers."""
         _refuse_company(self, trainer)
         attach(trainer.strategy)
-        if self._wrapped:
+        if self._module is pl_module:
             return
+        self._release()
+        self._module = pl_module
         configure_model, configure_optimizers = pl_module.configure_model, pl_module.configure_optimizers
 
         # Plain closures: `functools.wraps` would make Lightning look through them and skip the call.
@@ -134,11 +140,21 @@ class LoRA(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the first steps."""
         self._gradients = GradientCheck(pl_module)
+        with _rank_zero_notices(trainer):
+            _say_idle_dropout(pl_module, self.config.lora_dropout)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """A loss that does not depend on the adapters fails here, with the reason."""
+        check_loss(loss)
+        self._stepping = True
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """See that gradients reach the adapters."""
+        if pl_module.automatic_optimization and not self._stepping:
+            return  # `training_step` gave None: Lightning's step does nothing
+        self._stepping = False
         if self._gradients is None:
             return
         with _rank_zero_notices(trainer):
@@ -148,13 +164,20 @@ class LoRA(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the closures off the module, so that it can be pickled; the adapters stay."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same after a run that failed, for which Lightning calls no teardown."""
+        self._release()
+
+    def _release(self) -> None:
         for name, before in self._wrapped.items():
             if before is None:
-                vars(pl_module).pop(name, None)
+                vars(self._module).pop(name, None)
             else:
-                setattr(pl_module, name, before)
-        self._wrapped = {}
-        self._succession = None
+                setattr(self._module, name, before)
+        self._wrapped, self._module, self._succession = {}, None, None
+        self._stepping = False
         if self._gradients is not None:
             self._gradients.close()
             self._gradients = None
@@ -174,7 +197,8 @@ class LoRA(Callback):
             return
         self._succession = Succession(pl_module)
         with _rank_zero_notices(trainer):
-            self.report = apply_lora(pl_module, self.config)
+            root = trainer.strategy.root_device
+            self.report = apply_lora(pl_module, self.config, None if root.type == "cpu" else root)
         self._succession.converted(pl_module)
         if self.init_from is not None:
             load_adapter(pl_module, self.init_from)
@@ -198,6 +222,17 @@ def _refuse_company(callback: LoRA, trainer: pl.Trainer) -> None:
                 f"`{type(other).__name__}` stands before `LoRA` in `callbacks` and would average the model without "
                 "adapters: put `LoRA` first"
             )
+
+
+def _say_idle_dropout(model: nn.Module, dropout: float) -> None:
+    idle = [n for n, m in adapter_modules(model) if isinstance(m, LoRALinear) and not m.training]
+    if dropout > 0.0 and idle:
+        warnings.warn(
+            f"`lora_dropout={dropout}` does nothing in {len(idle)} adapted layers, {idle[0]!r} first, that are in "
+            "evaluation mode (`from_pretrained` leaves a model so): call `.train()` on the model in `__init__`",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def _optimizers_in(result: Any) -> list[Optimizer]:

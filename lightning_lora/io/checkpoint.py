@@ -39,6 +39,7 @@ from lightning_lora.model.apply import (
     is_adapted,
     load_adapter_state,
 )
+from lightning_lora.model.fingerprint import same_base
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.saved import SavedModule
 
@@ -135,14 +136,15 @@ def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str,
     Raises:
         BaseMismatchError: They differ.
     """
-    if expected is None or found is None or expected["version"] != found["version"]:
+    same = same_base(expected, found)
+    if same is None:
         warnings.warn(
             "the base model could not be compared with the one that the adapters were trained on: its fingerprint "
-            "is unknown (built on the meta device, or written by another version)",
+            "is unknown (built on the meta device), of another version, or one of the two was loaded already packed",
             Notice,
             stacklevel=3,
         )
-    elif expected["digest"] != found["digest"]:
+    elif expected and found and not same:
         raise BaseMismatchError(
             f"the adapters were trained on another base: expected fingerprint {expected['digest'][:16]} over "
             f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "

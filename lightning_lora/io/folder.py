@@ -23,7 +23,7 @@ from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, Check
 from lightning_lora.io.atomic import recover
 from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
-from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.fingerprint import fingerprint, same_base
 from lightning_lora.model.inner import inner_model
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
@@ -92,9 +92,7 @@ class AdapterFolder:
         expected = self.record.get("fingerprint")
         record = adapter_record(model)
         actual = record.fingerprint if record else fingerprint(model)
-        if not expected or not actual or expected.get("version") != actual.get("version"):
-            return  # a folder of PEFT's, a model on the meta device, or fingerprints that do not compare
-        if expected != actual:
+        if expected and actual and same_base(expected, actual) is False:
             name = self.config.get("base_model_name_or_path") or "of unknown name"
             wanted, got = (str(value.get("digest"))[:12] for value in (expected, actual))
             raise BaseMismatchError(

@@ -26,6 +26,7 @@ from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.targets import find_targets
 from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
+from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
 from lightning_lora.nn.linear import LoRALinear, is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
@@ -56,48 +57,56 @@ class ApplyReport:
     quantize: str
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> ApplyReport:
+def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str | None = None) -> ApplyReport:
     """Freeze ``model``, pack its linears as ``config.quantize`` says, and add adapters, in place.
 
     The update starts at exactly zero: the model computes what it computed before, bit for bit (a packed
-    base: what the packed base computes). Conversion goes tensor by tensor.
+    base: what the packed base computes). Conversion goes tensor by tensor. Layers that bitsandbytes has
+    quantized already are taken over as they are, without a copy.
 
     Args:
         model: Any module with linear layers; a LightningModule or a transformers model alike.
         config: What to adapt and how.
+        device: Where weights are packed and then stay, the GPU that the model will run on; where they are if None.
 
     Raises:
         AlreadyAdaptedError: The model already carries adapters.
         TargetError: Nothing matched, or something that cannot be adapted.
-        UnsupportedError: The model is already sharded, or quantized by another owner.
+        UnsupportedError: The model is already sharded, or is to be packed and is quantized already.
+        QuantizationError: A layer that bitsandbytes quantized cannot be taken over.
     """
     _refuse_converted(model)
     targets = find_targets(model, config)
     record = AdapterRecord(config, fingerprint(model))
-    logical, base_bytes = _count(model)
+    base_bytes = _count(model)[1]
     model.requires_grad_(False)
     _freeze_statistics(model, targets.saved)
     paths = _paths(model)
     for name in targets.saved:
         _replace(model, paths[name], SavedModule(model.get_submodule(name), record))
+    taken = {name for name, module in model.named_modules() if quantized_elsewhere(module)}
     packed = _packable(model, targets.packed) if config.quantize != "none" else set()
     adapted = set(targets.adapted)
-    for name in [n for n in paths if n in adapted or n in packed]:
+    narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
+    for name in [n for n in paths if n in adapted or n in packed or n in taken]:
         layer = original = model.get_submodule(name)
-        if name in packed:
-            layer = _pack(layer, config)
+        if name in taken:
+            layer = adopt_linear(layer, narrow)
+        elif name in packed:
+            weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
+            layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
         if name in adapted:
             layer = LoRALinear(layer, record, config.rank_for(name), config.alpha_for(name))
         _replace(model, paths[name], layer.train(original.training))
     _close_fast_paths(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logical, packed_bytes = _count(model, skip=set(map(id, _added(model))))
     return ApplyReport(
         adapted=list(targets.adapted),
         saved=list(targets.saved),
-        trainable_params=trainable,
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         logical_params=logical,
         base_bytes=base_bytes,
-        packed_bytes=_count(model, skip=set(map(id, _trained(model).values())))[1],
+        packed_bytes=packed_bytes,
         fingerprint=record.fingerprint,
         quantize=config.quantize,
     )
@@ -260,11 +269,6 @@ def _close_fast_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False  # the form of a padded batch that only the fast path takes
 
 
-def _pack(layer: nn.Module, config: LoRAConfig) -> PackedLinear:
-    narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
-    return PackedLinear(layer.weight, layer.bias, config.quantize, is_conv1d(layer), narrow)  # type: ignore[arg-type]
-
-
 def _paths(model: nn.Module) -> dict[str, list[str]]:
     """For each module's first name, every name that reaches the same module (shared layers)."""
     by_id: dict[int, list[str]] = {}
@@ -277,6 +281,13 @@ def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
     for name in names:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module)
+
+
+def _added(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that conversion put beside the base."""
+    for _, module in adapter_modules(model):
+        part = module.trained if isinstance(module, SavedModule) else getattr(module, "adapter", module)
+        yield from [*part.parameters(), *part.buffers()]
 
 
 def _count(model: nn.Module, skip: Collection[int] = ()) -> tuple[int, int]:

@@ -10,7 +10,7 @@ of a matrix is missed with probability (1 - q)^256; an Adam step changes nearly 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,18 +27,33 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     """The fingerprint of the transformers model inside ``model``, or of all of it, before conversion.
 
     Returns:
-        ``{"version": 1, "digest": hex string, "tensors": count}``, or None where values are not there
-        (meta device).
+        ``{"version": 1, "digest": hex string, "tensors": count, "packed": bool}``, or None where values are
+        not there (meta device). A base that arrives packed is sampled in its codes and says so: it cannot be
+        compared with the same base in full precision.
     """
     digest = hashlib.sha256()
-    count = 0
+    count, packed = 0, False
     for tensor in _distinct_tensors(inner_model(model)[1]):
         if tensor.is_meta:
             return None
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_sample(tensor))
         count += 1
-    return {"version": VERSION, "digest": digest.hexdigest(), "tensors": count}
+        packed |= tensor.dim() == 2 and not tensor.is_floating_point()
+    return {"version": VERSION, "digest": digest.hexdigest(), "tensors": count, "packed": packed}
+
+
+def same_base(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> bool | None:
+    """Whether two fingerprints are of one base; None where that cannot be told.
+
+    It cannot be told without both, between versions of the fingerprint, and between a base that arrived packed
+    and one in full precision.
+    """
+    if not expected or not found:
+        return None
+    if any(expected.get(kind) != found.get(kind) for kind in ("version", "packed")):
+        return None
+    return expected["digest"] == found["digest"]
 
 
 def _distinct_tensors(model: nn.Module) -> Iterator[Tensor]:

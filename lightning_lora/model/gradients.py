@@ -20,6 +20,12 @@ from lightning_lora.nn.linear import LoRALinear
 
 PATIENCE = 5
 
+_CAUSES = (
+    "Causes seen: reentrant activation checkpointing whose input needs no gradient "
+    "(use `gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})`); "
+    "an output that was detached or computed under `no_grad`"
+)
+
 
 class GradientCheck:
     """Watches which adapted layers are called in training, and judges their gradients before a step.
@@ -87,9 +93,7 @@ class GradientCheck:
         if names:
             raise GradientError(
                 f"{len(names)} adapted layers were called but got no gradient at the first optimizer step, "
-                f"{names[0]!r} first. Causes seen: reentrant activation checkpointing whose input needs no gradient "
-                "(use `gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})`); "
-                "an output that was detached or computed under `no_grad`; an optimizer step before any backward"
+                f"{names[0]!r} first. {_CAUSES}; an optimizer step before any backward"
             )
 
     def _say_never_called(self, names: list[str]) -> None:
@@ -128,6 +132,16 @@ class GradientCheck:
                 Notice,
                 stacklevel=3,
             )
+
+
+def check_loss(loss: Tensor) -> None:
+    """See that a backward from ``loss`` reaches something.
+
+    Raises:
+        GradientError: The loss needs no gradient: neither adapters nor ``modules_to_save`` led to it.
+    """
+    if not loss.requires_grad:
+        raise GradientError(f"the loss does not depend on anything that is trained. {_CAUSES}; no adapted layer in use")
 
 
 def _judge(grads: dict[str, Tensor]) -> tuple[set[str], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
 from lightning_lora.model.inner import hf_models, inner_model
+from lightning_lora.nn.adopted import quantized_elsewhere
 from lightning_lora.nn.linear import is_conv1d
 
 
@@ -38,7 +38,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
 
     Raises:
         TargetError: An entry that must match something matches nothing, or something that is no linear layer.
-        UnsupportedError: A chosen layer is already quantized by bitsandbytes.
+        UnsupportedError: The base is to be packed and bitsandbytes has quantized it already.
     """
     linears = _linears(model)
     prefix = inner_model(model)[0]
@@ -65,7 +65,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     if not chosen:
         raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
     _check_patterns(config, chosen)
-    _refuse_bitsandbytes({name: linears[name] for name in chosen}, model, config)
+    _check_other_owner(linears, config)
     excluded = config.exclude_modules
     packed = [
         name
@@ -226,17 +226,13 @@ def _check_patterns(config: LoRAConfig, chosen: list[str]) -> None:
                 raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{_near(key, chosen)}")
 
 
-def _refuse_bitsandbytes(chosen: dict[str, nn.Module], model: nn.Module, config: LoRAConfig) -> None:
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is None:
-        return
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    searched = dict(model.named_modules()) if config.quantize != "none" else chosen
-    taken = [name for name, m in searched.items() if isinstance(m, kinds)]
-    if taken:
+def _check_other_owner(linears: dict[str, nn.Module], config: LoRAConfig) -> None:
+    taken = [name for name, m in linears.items() if quantized_elsewhere(m)]
+    if taken and config.quantize != "none":
         raise UnsupportedError(
-            f"{len(taken)} layers, {taken[0]!r} first, are already quantized by bitsandbytes; load the model in "
-            'full or half precision and let `quantize="nf4"` or "int8" pack it'
+            f"{len(taken)} layers, {taken[0]!r} first, are already quantized by bitsandbytes: leave "
+            '`quantize="none"` to train adapters over them as they are, or load the model in full or half precision '
+            f"and let `quantize={config.quantize!r}` pack it"
         )
 
 

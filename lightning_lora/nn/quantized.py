@@ -33,6 +33,7 @@ from lightning_lora.nn.functional import lora_linear
 
 BLOCK = 64
 NESTED_BLOCK = 256
+PIECE = 2**20  # weights packed at a time on a CPU: whole blocks
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels read and write
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
@@ -93,6 +94,18 @@ class PackedWeight(KeepsDType):
         blocks = torch.repeat_interleave(self.nested_absmax, NESTED_BLOCK)[: levels.numel()]
         return levels * blocks + self.nested_offset
 
+    @classmethod
+    def adopt(
+        cls, quant_type: str, logical_shape: tuple[int, int], source_dtype: torch.dtype, **tensors: Tensor
+    ) -> PackedWeight:
+        """A packed weight around codes and constants that exist already, without a copy."""
+        packed = cls.__new__(cls)
+        nn.Module.__init__(packed)
+        packed.quant_type, packed.logical_shape, packed.source_dtype = quant_type, logical_shape, source_dtype
+        for name, tensor in tensors.items():
+            packed.register_buffer(name, tensor)
+        return packed
+
     @property
     def nbytes(self) -> int:
         """Bytes in use, constants included."""
@@ -112,23 +125,21 @@ class PackedLinear(nn.Module):
     """A frozen linear layer over a `PackedWeight`; the backward keeps nothing and dequantizes again.
 
     Args:
-        weight: ``(out, in)``, or ``(in, out)`` with ``fan_in_fan_out`` (transformers' ``Conv1D``).
+        packed: ``(out, in)``, or ``(in, out)`` with ``fan_in_fan_out`` (transformers' ``Conv1D``).
         bias: ``(out,)`` or None; kept as it is, frozen.
-        quant_type: See `PackedWeight`.
         fan_in_fan_out: Whether the weight is stored transposed.
         compute_dtype: Dtype to compute in when narrower than the activations', None for theirs.
     """
 
     def __init__(
         self,
-        weight: Tensor,
+        packed: PackedWeight,
         bias: nn.Parameter | None,
-        quant_type: str,
         fan_in_fan_out: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.packed = PackedWeight(weight, quant_type)
+        self.packed = packed
         self.bias = bias
         self.fan_in_fan_out = fan_in_fan_out
         self.compute_dtype = compute_dtype
@@ -211,14 +222,16 @@ def _pack(weight: Tensor, quant_type: str) -> dict[str, Tensor]:
 
 
 def _quantize_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    kernel_takes = not weight.is_meta and weight.dtype in KERNEL_DTYPES
-    functional = bitsandbytes_functional() if kernel_takes else None
+    functional = bitsandbytes_functional() if weight.device.type == "cuda" else None
     if functional is not None:
         codes, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, quant_type=kind, compress_statistics=False
         )
         return codes.view(-1), state.absmax.float()
-    return quantize_4bit_reference(weight, kind)
+    # bitsandbytes has no CPU kernel for this; the same codes piece by piece need no scratch of the weight's size
+    size = weight.numel() if weight.is_meta else PIECE
+    pieces = [quantize_4bit_reference(piece, kind) for piece in weight.reshape(-1).split(size)]
+    return torch.cat([codes for codes, _ in pieces]), torch.cat([absmax for _, absmax in pieces])
 
 
 def quantize_4bit_reference(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import apply_lora
-from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.fingerprint import fingerprint, same_base
 from tests.helpers import LM, TinyNet, tiny_gpt2, tiny_llama
 
 
@@ -21,7 +21,7 @@ def test_the_same_base_has_the_same_value_alone_copied_reloaded_and_in_a_module(
 
     model = tiny_llama()
     value = fingerprint(model)
-    assert set(value) == {"version", "digest", "tensors"}
+    assert set(value) == {"version", "digest", "tensors", "packed"}
     assert value["version"] == 1
     assert len(value["digest"]) == 64
     assert value == fingerprint(model)
@@ -70,3 +70,15 @@ def test_dtype_shape_and_buffers_count() -> None:
 
 def test_on_meta_there_is_none() -> None:
     assert fingerprint(TinyNet().to("meta")) is None
+
+
+def test_a_base_that_arrives_packed_does_not_compare_with_one_in_full_precision() -> None:
+    dense = fingerprint(nn.Linear(8, 8))
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    packed = fingerprint(layer)
+    assert (dense["packed"], packed["packed"]) == (False, True)
+    assert same_base(dense, packed) is None
+    assert same_base(dense, None) is None
+    assert same_base(dense, dense) is True
+    assert same_base(dense, fingerprint(nn.Linear(8, 8))) is False

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.nn.linear import LoRALinear, is_conv1d
-from lightning_lora.nn.quantized import PackedLinear
+from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 
 BASES = ("none", "nf4", "nf4-dq", "fp4", "int8")
 
@@ -27,7 +27,7 @@ def make_base(
     base.requires_grad_(False)
     if quantize == "none":
         return base
-    return PackedLinear(base.weight, base.bias, quantize, is_conv1d(base)).requires_grad_(False)
+    return PackedLinear(PackedWeight(base.weight, quantize), base.bias, is_conv1d(base)).requires_grad_(False)
 
 
 def make_layer(

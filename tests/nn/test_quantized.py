@@ -170,7 +170,7 @@ def test_size_in_bytes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_that_a_model_goes_through_changes_a_packed_bit(kind: str, tmp_path: Path) -> None:
-    layer = PackedLinear(torch.randn(48, 64), nn.Parameter(torch.randn(48), requires_grad=False), kind)
+    layer = PackedLinear(PackedWeight(torch.randn(48, 64), kind), nn.Parameter(torch.randn(48), requires_grad=False))
     model = nn.Sequential(layer)
     before = {name: buffer.clone() for name, buffer in layer.packed.named_buffers()}
     dense = layer.packed.dequantize(torch.float32)
@@ -191,7 +191,7 @@ def test_nothing_that_a_model_goes_through_changes_a_packed_bit(kind: str, tmp_p
     unchanged(copy.deepcopy(model)[0].packed)
     unchanged(pickle.loads(pickle.dumps(model))[0].packed)
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    other = nn.Sequential(PackedLinear(torch.randn(48, 64), nn.Parameter(torch.zeros(48)), kind))
+    other = nn.Sequential(PackedLinear(PackedWeight(torch.randn(48, 64), kind), nn.Parameter(torch.zeros(48))))
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     unchanged(other[0].packed)
 
