@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.model.inner import hf_models
 
-Forward = Callable[[Tensor], Tensor]
+#: (token ids [batch, tokens], how many last positions are needed) -> logits of those, or of all positions.
+Forward = Callable[[Tensor, int], Tensor]
 
 
 def find_forward(module: nn.Module, forward: Callable[..., Any] | str | None) -> Forward:
-    """The function from token ids to logits.
+    """The function from token ids to logits; a transformers model spares the head where nothing is scored.
 
     Args:
         module: the model, or the LightningModule around it.
@@ -39,7 +40,7 @@ def find_forward(module: nn.Module, forward: Callable[..., Any] | str | None) ->
     function = forward
     takes = [p for p in _parameters(function).values() if p.default is p.empty and p.kind <= 1]
     args: tuple[Any, ...] = (module,) if len(takes) == 2 and not isinstance(function, nn.Module) else ()
-    return lambda input_ids: _logits(function(*args, input_ids), "`forward`")
+    return lambda input_ids, last: _logits(function(*args, input_ids), "`forward`")
 
 
 def _only_model(module: nn.Module) -> Forward:
@@ -52,8 +53,14 @@ def _only_model(module: nn.Module) -> Forward:
             f"(input_ids) -> logits, in YAML its dotted path."
         )
     model = models[0][1]
-    kwargs = {"use_cache": False} if "use_cache" in _parameters(model.forward) else {}
-    return lambda input_ids: _logits(model(input_ids=input_ids, **kwargs), type(model).__name__)
+    known = _parameters(model.forward)
+    fixed = {"use_cache": False} if "use_cache" in known else {}
+
+    def forward(input_ids: Tensor, last: int) -> Tensor:
+        kwargs = {"logits_to_keep": last} if "logits_to_keep" in known else {}
+        return _logits(model(input_ids=input_ids, **fixed, **kwargs), type(model).__name__)
+
+    return forward
 
 
 def _logits(output: Any, source: str) -> Tensor:

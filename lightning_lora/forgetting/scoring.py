@@ -189,9 +189,11 @@ class Scorer:
         width = max(len(row) for row in rows)
         # Padding stands to the right, where a causal model's scored tokens cannot see it.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        scored_from = min(len(row) - len(c) for row, many in zip(rows, continuations, strict=True) for c in many)
         with self.context():
-            logits = self.forward(ids)
-        if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+            logits = self.forward(ids, width - scored_from)
+        skipped = width - logits.shape[1] if logits.ndim == 3 else -1
+        if skipped not in (0, scored_from) or len(logits) != len(ids):
             raise ConfigError(
                 f"`forward` must give logits [batch, tokens, vocabulary]: for ids of shape {tuple(ids.shape)} it "
                 f"gave {tuple(logits.shape)}."
@@ -205,7 +207,7 @@ class Scorer:
                 lengths.append(len(tokens))
         index = torch.tensor(where, device=device)
         wanted = torch.tensor(targets, device=device)
-        scored = logits[index[:, 0], index[:, 1]].float().log_softmax(-1)
+        scored = logits[index[:, 0], index[:, 1] - skipped].float().log_softmax(-1)
         values = scored.gather(1, wanted[:, None])[:, 0].cpu()
         greedy = (scored.argmax(-1) == wanted).cpu()
         parts = zip(values.split(lengths), greedy.split(lengths), strict=True)

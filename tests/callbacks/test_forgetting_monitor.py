@@ -46,14 +46,15 @@ def trainer(*callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
 
 
 def digest(module: torch.nn.Module) -> str:
-    return hashlib.md5(b"".join(t.detach().numpy().tobytes() for t in module.state_dict().values())).hexdigest()
+    bits = (t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for t in module.state_dict().values())
+    return hashlib.md5(b"".join(bits)).hexdigest()
 
 
 def steps(monitor: ForgettingMonitor) -> list[tuple[str, int]]:
     return [(r.kind, r.step) for r in monitor.history]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_weights_are_the_same_bits_with_and_without(folder: Path, tokenizer: Any, precision: Any) -> None:
     digests = {}
     for monitored in (False, True):

@@ -34,19 +34,26 @@ def of_module(module: Plain, input_ids: Tensor) -> Tensor:
 
 def test_the_one_transformers_model_is_found() -> None:
     student = tiny.Student(dropout=0.0).eval()
-    assert torch.equal(find_forward(student, None)(IDS), student.net(IDS).logits)
+    assert torch.equal(find_forward(student, None)(IDS, 3), student.net(IDS).logits)
+
+
+def test_the_head_is_spared_where_nothing_is_scored() -> None:
+    model = tiny.llama().eval()
+    kept = find_forward(model, None)(IDS, 2)
+    assert kept.shape == (1, 2, 300)
+    assert torch.allclose(kept, model(IDS).logits[:, -2:], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["part.net", "score", f"{__name__}.of_module", f"{__name__}:of_module"])
 def test_forward_by_name(name: str) -> None:
     module = Plain()
-    assert torch.equal(find_forward(module, name)(IDS), module.part.net(IDS))
+    assert torch.equal(find_forward(module, name)(IDS, 3), module.part.net(IDS))
 
 
 def test_forward_by_function_of_ids_or_of_module_and_ids() -> None:
     module = Plain()
     for function in (lambda ids: module.part.net(ids), of_module, module.part.net):
-        assert torch.equal(find_forward(module, function)(IDS), module.part.net(IDS))
+        assert torch.equal(find_forward(module, function)(IDS, 3), module.part.net(IDS))
 
 
 def test_none_or_several_models_are_refused() -> None:
@@ -62,4 +69,4 @@ def test_wrong_forward_is_named() -> None:
     with pytest.raises(ConfigError, match="`forward`=3 is no function: got int"):
         find_forward(Plain(), 3)
     with pytest.raises(ConfigError, match="gave no logits but str"):
-        find_forward(Plain(), lambda ids: "text")(IDS)
+        find_forward(Plain(), lambda ids: "text")(IDS, 3)
