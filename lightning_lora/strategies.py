@@ -26,6 +26,7 @@ from lightning_lora.io.atomic import atomic_write
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
+from lightning_lora.model.inner import clean_name
 from lightning_lora.rng import RNGState
 
 
@@ -57,15 +58,18 @@ class AdapterStateMixin(Strategy):
     _resumed: tuple[Place, dict[str, Any]] | None = None
     _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
     _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
+    _said_modules = False
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
         """Lightning's plain writer made atomic; one of the user's own is left alone."""
+        if isinstance(self._checkpoint_io, AsyncCheckpointIO):
+            if type(self._checkpoint_io.checkpoint_io) in (type(None), TorchCheckpointIO):
+                self._checkpoint_io._checkpoint_io = AtomicCheckpointIO()  # its own setter works once only
+            return self._checkpoint_io
         current = super().checkpoint_io
         if type(current) is TorchCheckpointIO:
             self.checkpoint_io = current = AtomicCheckpointIO()
-        elif isinstance(current, AsyncCheckpointIO) and type(current.checkpoint_io) is TorchCheckpointIO:
-            current.checkpoint_io = AtomicCheckpointIO()
         return current
 
     @checkpoint_io.setter
@@ -79,13 +83,27 @@ class AdapterStateMixin(Strategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapters; every one of them must be in the checkpoint and fit."""
-        load_state(self._converted_module(), checkpoint, strict=strict)
+        module = self._converted_module()
+        load_state(module, checkpoint, strict=strict)
+        if "current_model_state" in checkpoint and isinstance(checkpoint, dict):
+            # Lightning's weight averaging goes on to load two whole states from here.
+            whole = {name: (clean_name(name), tensor) for name, tensor in module.state_dict().items()}
+            for key in ("state_dict", "current_model_state"):
+                kept = checkpoint[key]
+                checkpoint[key] = {name: kept.get(clean, tensor) for name, (clean, tensor) in whole.items()}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Add the ``lightning_lora`` entry and write; called on every rank."""
-        entry = metadata(self._converted_module())
+        module = self._converted_module()
+        entry = metadata(module)
+        own = adapter_state_dict(module)
+        names = {name: clean_name(name) for name in checkpoint["state_dict"]}  # hooks may have put in a whole state
+        checkpoint["state_dict"] = {
+            clean: checkpoint["state_dict"][name] for name, clean in names.items() if clean in own
+        }
+        self._leave_modules_out(checkpoint)
         if "optimizer_states" in checkpoint:  # not in weights-only checkpoints
             entry["rng"] = self._gather_random_states()
             if self._ended_at is not None:  # the loader has forgotten its place by now
@@ -175,6 +193,21 @@ class AdapterStateMixin(Strategy):
     @property
     def _trainer(self) -> Trainer:
         return self.lightning_module.trainer  # type: ignore[union-attr]
+
+    def _leave_modules_out(self, checkpoint: dict[str, Any]) -> None:
+        """A module among the hyperparameters is the model once more, base and all."""
+        values = checkpoint.get("hyper_parameters") or {}
+        leaves = torch.utils._pytree.tree_leaves
+        held = [k for k, v in values.items() if any(isinstance(x, torch.nn.Module) for x in leaves(v))]
+        if not held:
+            return
+        checkpoint["hyper_parameters"] = {key: value for key, value in values.items() if key not in held}
+        if not self._said_modules:
+            self._said_modules = True
+            self._notice(
+                f"the hyperparameters {held} are modules and are not written into checkpoints: pass them to "
+                "`load_from_checkpoint`, and leave them out by `save_hyperparameters(ignore=...)`"
+            )
 
     def _notice(self, text: str) -> None:
         if self.global_rank == 0:  # every rank would say the same

@@ -15,6 +15,7 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Mapping
@@ -125,9 +126,22 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
     }
     same_choice = own["targets"] == entry["targets"] and own["saved"] == entry["saved"]
     if not same_choice or any(name not in _CHOOSING_FIELDS for name in differing):
-        told = ", ".join(f"{name}: checkpoint {a!r}, model {b!r}" for name, (a, b) in differing.items())
-        raise AdapterMismatchError(f"the checkpoint was made with another LoRA configuration ({told})")
+        told = [f"{name}: checkpoint {a!r}, model {b!r}" for name, (a, b) in differing.items()]
+        told += [_difference(entry[key], own[key]) for key in ("targets", "saved") if entry[key] != own[key]]
+        raise AdapterMismatchError(f"the checkpoint was made with another LoRA configuration ({'; '.join(told)})")
     compare_fingerprints(entry.get("fingerprint"), own["fingerprint"])
+
+
+def _difference(stored: list[str], own: list[str]) -> str:
+    parts = [
+        f"{len(names)} layers, {names[0]!r} first, only in the {place}"
+        for names, place in (
+            ([name for name in stored if name not in own], "checkpoint"),
+            ([name for name in own if name not in stored], "model"),
+        )
+        if names
+    ]
+    return " and ".join(parts) or "the same layers in another order"
 
 
 def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
@@ -173,10 +187,13 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
         raise CheckpointError(
             f"{os.fspath(path)!r} holds no adapters of this package; load it with `{cls.__name__}.load_from_checkpoint`"
         )
+    # The class's own loader builds the module, from all but the tensors: those are loaded below, strictly.
+    without = io.BytesIO()
+    torch.save({**checkpoint, "state_dict": {}, "optimizer_states": []}, without)
+    without.seek(0)
     with warnings.catch_warnings():
-        # Of course keys are missing: the base is not in the file. What must be there is checked below.
-        warnings.filterwarnings("ignore", message="Found keys that are")
-        model = cls.load_from_checkpoint(path, strict=False, weights_only=True, **kwargs)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", message="Found keys that are|The state dict in .* contains no parameters")
+        model = cls.load_from_checkpoint(without, strict=False, weights_only=True, **kwargs)  # type: ignore[attr-defined]
     config = LoRAConfig.from_dict(checkpoint[KEY]["config"])
     if not is_adapted(model):
         apply_lora(model, config)
