@@ -119,9 +119,9 @@ def quiet() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for everything it writes")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps, at most an epoch")
-    parser.add_argument("--every", type=int, default=50, help="steps between validations, and between looks")
-    parser.add_argument("--items", type=int, default=150, help="items of general tasks in each look")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps, at most an epoch")
+    parser.add_argument("--every", type=int, default=25, help="steps between validations, and between looks")
+    parser.add_argument("--items", type=int, default=120, help="items of general tasks in each look")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
