@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         AdapterStateMixin,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",

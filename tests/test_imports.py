@@ -71,6 +71,13 @@ def test_py_typed_is_shipped() -> None:
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["lightning_lora"]
 
 
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    import lightning_lora
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert lightning_lora.__version__ == project["project"]["version"]
+
+
 def test_extra_all_has_every_users_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (everything,) = extras["all"]
