@@ -52,7 +52,10 @@ class TargetLoss(L.Callback):
         self.by_step: dict[int, float] = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        print("     trained; now every item of the general tasks, by model and base, and the merge", flush=True)
+        print(
+            "     trained; now every item of the general tasks, by model and base (a minute or two), and the merge",
+            flush=True,
+        )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.by_step[trainer.global_step] = loss = float(trainer.callback_metrics["val_loss"])
@@ -121,7 +124,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for everything it writes")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps, at most an epoch")
     parser.add_argument("--every", type=int, default=25, help="steps between validations, and between looks")
-    parser.add_argument("--items", type=int, default=120, help="items of general tasks in each look")
+    parser.add_argument("--items", type=int, default=200, help="items of general tasks in each look")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
