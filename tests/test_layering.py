@@ -31,6 +31,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         "names",
         "folder",
         "conversion",
+        "loader_rules",
+        "loaders",
         "adapter",
         "checkpoint",
         "progress",
