@@ -33,6 +33,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "loader_rules",
         "loaders",
+        "portable",
         "adapter",
         "checkpoint",
         "progress",

@@ -53,6 +53,7 @@ from lightning_lora.io.names import (
     unwrap,
 )
 from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
+from lightning_lora.io.portable import check_portable, portable_contents
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
@@ -74,7 +75,8 @@ class SavedAdapter:
         path: The folder.
         tensors: Number of tensors.
         nbytes: Size of the tensors [bytes].
-        delta_error: Largest relative difference of a layer's update to the live one; 0 unless cast.
+        delta_error: Largest relative difference of a layer's update to the live one; in the native layout 0
+            unless cast, in the portable one that of the product in fp32.
     """
 
     path: Path
@@ -118,29 +120,37 @@ def save_adapter(
 
     Names are those inside the transformers model, whatever attribute holds it; of the whole module where
     there is none, or where adapters lie outside it. A strength that `set_adapter_scale` set is part of the
-    written ``lora_alpha``.
+    written ``lora_alpha``, in the portable layout of B.
 
     Args:
         model: A converted model, or a LightningModule around one.
         dir: The folder. What stands there is replaced as a whole.
-        layout: "peft". "portable" is not built in this version.
-        dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null.
+        layout: "peft", or "portable": scale 1 and one rank, which servers read as PEFT does.
+        dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null (fp32 in the portable layout).
 
     Raises:
-        UnsupportedError: Another layout, or a choice of modules that PEFT's format cannot express.
+        ConfigError: Another layout.
+        UnsupportedError: A choice of modules that PEFT's format cannot express, or something that has no
+            portable form.
         AdapterMismatchError: The model has no adapters.
         MergeError: What was read back differs from the live model.
     """
-    if layout != "peft":
-        raise UnsupportedError(f'`layout` {layout!r} is not built in this version; use layout="peft"')
+    if layout not in ("peft", "portable"):
+        raise ConfigError(f'`layout` must be "peft" or "portable", got {layout!r}')
     model = unwrap(model)
-    config, tensors = _contents(model, None if dtype is None else torch_dtype(dtype))
-    record = adapter_record(model)
+    cast = None if dtype is None else torch_dtype(dtype)
+    if layout == "portable":
+        config, tensors, own = portable_contents(model, cast)
+        record = _record_entry(model, adapter_record(model))
+        record |= {"layout": layout, "config": own.to_dict(), "trained": record["config"], "strength": 1.0}
+    else:
+        config, tensors = _contents(model, cast)
+        record = _record_entry(model, adapter_record(model))
     with atomic_folder(dir) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (part / RECORD).write_text(json.dumps(_record_entry(model, record), indent=2) + "\n")
+        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "lightning_lora": package_version()})
-        error = _check_written(model, part, exact=dtype is None)
+        error = check_portable(model, part) if layout == "portable" else _check_written(model, part, dtype is None)
     return SavedAdapter(Path(dir), len(tensors), sum(t.nbytes for t in tensors.values()), error)
 
 

@@ -174,8 +174,8 @@ def test_batchnorm_statistics_of_a_saved_module_travel(tmp_path: Path) -> None:
 
 
 def test_another_layout_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="`layout` 'portable' is not built"):
-        save_adapter(adapted(), tmp_path / "a", layout="portable")
+    with pytest.raises(ConfigError, match="`layout` must be .* got 'gguf'"):
+        save_adapter(adapted(), tmp_path / "a", layout="gguf")
 
 
 def test_a_model_without_adapters_is_an_error(tmp_path: Path) -> None:
