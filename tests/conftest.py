@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,17 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # the legacy generator is the one that libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_process_group() -> Iterator[None]:
+    """A Trainer on "ddp" leaves a group and its environment variables, by which a next one would wait for others."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

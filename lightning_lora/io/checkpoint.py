@@ -154,7 +154,8 @@ def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str,
     if same is None:
         warnings.warn(
             "the base model could not be compared with the one that the adapters were trained on: its fingerprint "
-            "is unknown (built on the meta device), of another version, or one of the two was loaded already packed",
+            "is unknown (built on the meta device), of another version or of other modules, or one of the two was "
+            "loaded already packed",
             Notice,
             stacklevel=3,
         )
@@ -163,6 +164,11 @@ def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str,
             f"the adapters were trained on another base: expected fingerprint {expected['digest'][:16]} over "
             f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "
             "same pretrained weights, in the same dtype, before the adapters"
+        )
+    elif expected and found and expected.get("outside") != found.get("outside"):
+        raise BaseMismatchError(
+            "what lies beside the transformers model is not what the adapters were trained with: its frozen layers are "
+            "in no checkpoint. Name those that begin at random in `modules_to_save`, or seed them alike"
         )
 
 

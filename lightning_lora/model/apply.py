@@ -77,7 +77,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
     """
     _refuse_converted(model)
     targets = find_targets(model, config)
-    record = AdapterRecord(config, fingerprint(model))
+    record = AdapterRecord(config, fingerprint(model, targets.saved))
     base_bytes = _count(model)[1]
     model.requires_grad_(False)
     _freeze_statistics(model, targets.saved)

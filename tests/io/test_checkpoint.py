@@ -20,7 +20,9 @@ from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
     apply_lora,
+    load_adapter,
     load_from_checkpoint,
+    save_adapter,
 )
 from lightning_lora.errors import (
     AdapterMismatchError,
@@ -127,8 +129,6 @@ def test_every_checkpoint_of_a_run_holds_adapters_only(lora: dict[str, Any], str
     assert adapter_state_dict(module).keys() == keys | saved
     whole = module.state_dict()  # the user's own stays whole
     assert {"net.embed.weight", "net.first.base_layer.bias"} <= whole.keys()
-    if trainer.world_size > 1 or "ddp" in strategy:
-        torch.distributed.destroy_process_group()
 
 
 def test_averaged_weights_are_adapters_too(tmp_path: Path) -> None:
@@ -347,3 +347,52 @@ def test_best_checkpoint_gives_the_live_numbers(tmp_path: Path) -> None:
     live = trainer.test(module, loader(16), verbose=False)
     assert trainer.test(module, loader(16), ckpt_path="best", verbose=False) == live
     assert trainer.test(Net(), loader(16), ckpt_path="best", verbose=False) == live
+
+
+class Classifier(LM):
+    """A transformers model and, beside it, a linear that begins at random."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(tiny_llama())
+        torch.manual_seed(seed)
+        self.beside = nn.Linear(64, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.beside(super().forward(ids))
+
+
+def test_a_random_layer_beside_the_model_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    _, path = train(tmp_path, Classifier(1))
+    resume(path, tmp_path, Classifier(1))
+    with pytest.raises(BaseMismatchError, match="what lies beside the transformers model.*`modules_to_save`"):
+        resume(path, tmp_path, Classifier(2))
+
+
+def test_a_random_layer_that_is_trained_in_full_comes_back(tmp_path: Path) -> None:
+    module, path = train(tmp_path, Classifier(1), modules_to_save=["beside"])
+    other = Classifier(2)
+    ids = torch.arange(32).view(2, 16)
+    trainer = make_trainer(tmp_path, [LoRA(r=4, modules_to_save=["beside"])])
+    trainer.validate(other, loader(8), ckpt_path=path, verbose=False)
+    assert torch.equal(other.eval()(ids), module(ids))
+
+
+def test_a_fresh_task_head_is_no_part_of_the_base(tmp_path: Path) -> None:
+    from tests.model.nets import tiny_bert
+
+    class Labels(LM):
+        def __init__(self, seed: int) -> None:
+            super().__init__(tiny_bert())
+            nn.init.normal_(self.net.classifier.weight, generator=torch.Generator().manual_seed(seed))
+
+        def loss(self, ids: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self(ids), ids[:, 0] % 3)
+
+    module, path = train(tmp_path, Labels(1))
+    again = load_from_checkpoint(Labels, path, seed=2).eval()
+    ids = torch.arange(32).view(2, 16)
+    assert torch.equal(again(ids), module(ids))
+    save_adapter(module, tmp_path / "adapter")
+    third = Labels(3).eval()
+    load_adapter(third, tmp_path / "adapter")
+    assert torch.equal(third(ids), module(ids))

@@ -21,7 +21,7 @@ def test_the_same_base_has_the_same_value_alone_copied_reloaded_and_in_a_module(
 
     model = tiny_llama()
     value = fingerprint(model)
-    assert set(value) == {"version", "digest", "tensors", "packed"}
+    assert set(value) == {"version", "digest", "tensors", "packed", "without", "outside"}
     assert value["version"] == 1
     assert len(value["digest"]) == 64
     assert value == fingerprint(model)
@@ -35,8 +35,35 @@ def test_the_same_base_has_the_same_value_alone_copied_reloaded_and_in_a_module(
 
 def test_it_is_taken_before_packing_and_does_not_depend_on_the_adapters() -> None:
     value = fingerprint(tiny_llama())
-    for config in (LoRAConfig(r=4), LoRAConfig(r=8, quantize="nf4", modules_to_save=["lm_head"])):
+    for config in (LoRAConfig(r=4), LoRAConfig(r=8, quantize="nf4", exclude_modules=["up_proj"])):
         assert apply_lora(tiny_llama(), config).fingerprint == value
+
+
+def test_what_is_trained_in_full_is_left_out() -> None:
+    config = LoRAConfig(r=4, modules_to_save=["lm_head"])
+    values = []
+    for _ in range(2):
+        model = tiny_llama()
+        nn.init.normal_(model.lm_head.weight)
+        values.append(apply_lora(model, config).fingerprint)
+    assert values[0] == values[1]
+    assert values[0]["without"] == ["lm_head"]
+    inside = LM(tiny_llama())
+    assert fingerprint(inside, ["net.lm_head"]) == values[0]
+    assert same_base(values[0], fingerprint(tiny_llama())) is None
+
+
+def test_what_lies_beside_the_transformers_model_has_its_own_digest() -> None:
+    module = LM(tiny_llama())
+    value = fingerprint(module)
+    module.beside = nn.Linear(4, 4)
+    first = fingerprint(module)
+    nn.init.normal_(module.beside.weight)
+    second = fingerprint(module)
+    assert value["outside"] is None
+    assert first["digest"] == second["digest"] == value["digest"]
+    assert len({value["outside"], first["outside"], second["outside"]}) == 3
+    assert fingerprint(module, ["beside"]) == value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
