@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,34 @@ def test_adapters_of_two_processes_load_into_one(runs: Path, tmp_path: Path) -> 
         module, train_loader(Scenario("", size=8)), ckpt_path=path, verbose=False
     )
     assert equal(torch.load(path)["state_dict"], adapter_state_dict(module))
+
+
+PACKED = """
+import os, sys, torch, lightning as L
+from lightning_lora import LoRA, adapter_state_dict
+from tests.helpers import LM, TinyNet, loader, make_trainer
+
+rank = int(os.environ.get("LOCAL_RANK", 0))
+torch.manual_seed(rank)  # another base on each rank: as without LoRA, that of the first counts
+
+class Look(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.sent_each_step = max(b.numel() for b in trainer.model.modules_buffers)
+
+look, module = Look(), LM(TinyNet())
+trainer = make_trainer(sys.argv[1], [LoRA(r=4, quantize="nf4"), look], devices=2, strategy="ddp", max_steps=3)
+trainer.fit(module, loader())
+found = {"state": module.state_dict(), "sent_each_step": look.sent_each_step}
+torch.save(found, f"{sys.argv[1]}/{trainer.global_rank}.pt")
+"""
+
+
+def test_packed_base_is_sent_once_and_not_at_each_step(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(PACKED)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    assert first["sent_each_step"] == second["sent_each_step"] <= 1
+    assert equal(first["state"], second["state"])
