@@ -150,7 +150,6 @@ class TestModels:
         assert "net.head.trained.weight" in adapter_state_dict(module)
         assert_only_adapters_moved(before, module)
 
-    @pytest.mark.slow
     def test_compiled_submodule(self, tmp_path: Path) -> None:
         module = LM(TinyNet())
         module.net = torch.compile(module.net, backend="aot_eager")
