@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.io.adapter import peft_config, save_adapter
 from lightning_lora.io.atomic import clean_leftovers, remove_folder
+from lightning_lora.io.folder import check_target
 from lightning_lora.model.apply import is_adapted
 
 
@@ -46,7 +48,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     Raises:
         ConfigError: `keep_last_n` is negative.
         UnsupportedError: `dirpath` is no local folder, or PEFT's format cannot express the adapters.
-        CheckpointError: The model has no adapters.
+        CheckpointError: The model has no adapters, or a folder that is no adapter folder stands in the way.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.keep_last_n and filepath != self.last_model_path:
             # before the save, since the list is part of the state that is saved
             self._recent = [p for p in self._recent if p != filepath] + [filepath]
+        check_target(adapter_path(filepath))
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             save_adapter(trainer.lightning_module, adapter_path(filepath))
@@ -133,12 +136,14 @@ class AdapterCheckpoint(ModelCheckpoint):
             return  # no longer among the best, still among the most recent
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            remove_folder(adapter_path(filepath))
+            _remove_adapter(adapter_path(filepath))
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
         folder, link = adapter_path(filepath), adapter_path(linkpath)
+        if not os.path.islink(link):
+            check_target(link)
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
         if trainer.is_global_zero and os.path.abspath(folder) != os.path.abspath(link):
             remove_folder(link)
             os.symlink(os.path.relpath(folder, os.path.dirname(link)), link, target_is_directory=True)
@@ -151,6 +156,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.save_top_k == 0:
             return False
         return filepath in self.best_k_models or filepath == self.best_model_path
+
+
+def _remove_adapter(folder: str) -> None:
+    """Remove a checkpoint's adapter folder; one in which a user has put something stays."""
+    try:
+        if not os.path.islink(folder):
+            check_target(folder)
+    except CheckpointError:
+        warnings.warn(f"{folder} is kept though its checkpoint is removed: it holds more than an adapter", Notice)
+        return
+    remove_folder(folder)
 
 
 def adapter_path(checkpoint: str) -> str:

@@ -40,6 +40,7 @@ from lightning_lora.io.folder import (
     RECORD,
     WEIGHTS,
     AdapterFolder,
+    check_target,
     compare_shapes,
     package_version,
 )
@@ -124,12 +125,13 @@ def save_adapter(
 
     Args:
         model: A converted model, or a LightningModule around one.
-        dir: The folder. What stands there is replaced as a whole.
+        dir: The folder. An adapter folder that stands there is replaced as a whole, anything else is not.
         layout: "peft", or "portable": scale 1 and one rank, which servers read as PEFT does.
         dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null (fp32 in the portable layout).
 
     Raises:
         ConfigError: Another layout.
+        CheckpointError: The folder holds something that is not of an adapter folder, or is a file.
         UnsupportedError: A choice of modules that PEFT's format cannot express, or something that has no
             portable form.
         AdapterMismatchError: The model has no adapters.
@@ -137,6 +139,8 @@ def save_adapter(
     """
     if layout not in ("peft", "portable"):
         raise ConfigError(f'`layout` must be "peft" or "portable", got {layout!r}')
+    path = Path(dir).expanduser()
+    check_target(path)
     model = unwrap(model)
     cast = None if dtype is None else torch_dtype(dtype)
     if layout == "portable":
@@ -146,12 +150,12 @@ def save_adapter(
     else:
         config, tensors = _contents(model, cast)
         record = _record_entry(model, adapter_record(model))
-    with atomic_folder(dir) as part:
+    with atomic_folder(path) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "lightning_lora": package_version()})
         error = check_portable(model, part) if layout == "portable" else _check_written(model, part, dtype is None)
-    return SavedAdapter(Path(dir), len(tensors), sum(t.nbytes for t in tensors.values()), error)
+    return SavedAdapter(path, len(tensors), sum(t.nbytes for t in tensors.values()), error)
 
 
 def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:

@@ -28,6 +28,8 @@ from lightning_lora.model.inner import inner_model
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
 PREFIX = "base_model.model."  # before every key
+#: What an adapter folder may consist of, and nothing else when it is replaced or removed.
+KNOWN_FILES = (CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md")  # PEFT writes a model card
 
 
 class AdapterFolder:
@@ -51,7 +53,7 @@ class AdapterFolder:
             CheckpointError: The folder, or what must be in it, is missing or unreadable.
             UnsupportedError: The folder uses a method that is not built.
         """
-        path = Path(dir)
+        path = Path(dir).expanduser()
         recover(path)
         if not path.is_dir():
             raise CheckpointError(f"there is no adapter folder at {path}")
@@ -108,6 +110,27 @@ class AdapterFolder:
             return safe_open(self.path / WEIGHTS, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / WEIGHTS} is no whole safetensors file: {error}") from error
+
+
+def check_target(dir: str | os.PathLike[str]) -> None:
+    """See that an adapter folder may be written to `dir`: nothing is there, or an adapter folder and no more.
+
+    Args:
+        dir: The folder.
+
+    Raises:
+        CheckpointError: A file stands there, or the folder holds something else.
+    """
+    path = Path(dir).expanduser()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"an adapter folder is to be written to {path}, but a file stands there: move it")
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in names if name not in KNOWN_FILES or (path / name).is_dir()]
+    if foreign or (names and CONFIG not in names):
+        raise CheckpointError(
+            f"{path} is not empty and no adapter folder alone, it holds {(foreign or names)[0]!r}: it is not "
+            "replaced. Choose another folder, or empty this one"
+        )
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.callbacks.lora import LoRA
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.model.apply import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer, tiny_llama
@@ -158,3 +158,28 @@ def test_a_save_at_an_exception_has_its_folder_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop here"):
         trainer.fit(LM(tiny_llama()), loader())
     assert steps_on_disk(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("save_last", [False, True, "link"])
+def test_a_folder_of_the_users_in_the_way_is_not_replaced(save_last: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "a" / ("last" if save_last else "step=1")
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds 'thesis.tex': it is not replaced"):
+        fit(tmp_path, steps=2, save_last=save_last)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_a_user_put_into_an_adapter_folder_is_not_removed_with_it(tmp_path: Path) -> None:
+    class Writes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                (tmp_path / "a" / "step=2" / "notes.txt").write_text("the one for the paper")
+
+    callback = AdapterCheckpoint(tmp_path / "a", "{step}", save_top_k=0, keep_last_n=2, every_n_train_steps=1)
+    trainer = make_trainer(tmp_path, [LoRA(r=2), callback, Writes()], max_steps=5)
+    with pytest.warns(Notice, match="step=2 is kept though its checkpoint is removed"):
+        trainer.fit(LM(tiny_llama()), loader())
+    assert sorted(p.name for p in (tmp_path / "a").glob("*")) == [
+        *("step=2", "step=4", "step=4.ckpt", "step=5", "step=5.ckpt"),
+    ]

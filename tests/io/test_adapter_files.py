@@ -173,6 +173,38 @@ def test_batchnorm_statistics_of_a_saved_module_travel(tmp_path: Path) -> None:
     assert same(model, base)
 
 
+@pytest.mark.parametrize("layout", ["peft", "portable"])
+def test_a_folder_of_the_users_is_not_replaced(layout: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds 'thesis.tex': it is not replaced. Choose another folder"):
+        save_adapter(adapted(), tmp_path / "mine", layout=layout)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_adapter_folder_is_replaced_unless_it_holds_more(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    model = adapted()
+    for _ in range(2):
+        save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("PEFT's model card")
+    save_adapter(model, tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {CONFIG, WEIGHTS, RECORD}
+    (tmp_path / "a" / "runs").mkdir()
+    with pytest.raises(CheckpointError, match="holds 'runs'"):
+        save_adapter(model, tmp_path / "a")
+    (tmp_path / "f").write_text("a file")
+    with pytest.raises(CheckpointError, match="a file stands there"):
+        save_adapter(model, tmp_path / "f")
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = adapted()
+    assert save_adapter(model, "~/a").path == tmp_path / "a"
+    load_adapter(model, "~/a")
+
+
 def test_another_layout_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`layout` must be .* got 'gguf'"):
         save_adapter(adapted(), tmp_path / "a", layout="gguf")
