@@ -32,6 +32,9 @@ $(DEV): $(INPUTS) $(RUN) | $(BIN)/python
 demo: $(RUN)  ## QLoRA on the built-in base: what it learned, what it forgot, a merged model
 	$(BIN)/python examples/demo/main.py --out $(OUT)
 
+# Tiny models, and tests of two processes: more threads would only fight for the cores.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
 test: $(DEV)  ## every test but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 

@@ -29,8 +29,11 @@ from lightning_lora import AdapterCheckpoint, ForgettingMonitor, LoRA, MergeOnFi
 from lightning_lora.reporting import plot_forgetting
 from small_base.data import MODEL_DIR, TASKS
 
+#: Optimizer steps with a look at forgetting: dense at first, where most is learned.
+LOOKS = (10, 20, 40, 70, 120)
 
-def callbacks(out: Path, every: int, items: int) -> list[L.Callback]:
+
+def callbacks(out: Path, items: int) -> list[L.Callback]:
     """All that is added to an ordinary Trainer."""
     return [
         LoRA(r=16, lora_alpha=32, target_modules="all-linear", quantize="nf4"),
@@ -38,7 +41,7 @@ def callbacks(out: Path, every: int, items: int) -> list[L.Callback]:
         ForgettingMonitor(
             tasks=[str(task) for task in TASKS],
             tokenizer=str(MODEL_DIR),
-            every_n_steps=every,
+            at_steps=LOOKS,
             items_per_eval=items,
         ),
         MergeOnFitEnd(out / "merged"),
@@ -72,11 +75,11 @@ def main() -> int:
 
     module, data = Shakespeare(), ShakespeareData()
     loss = TargetLoss()
-    lora, adapters, monitor, merge = added = callbacks(args.out, args.every, args.items)
+    lora, adapters, monitor, merge = added = callbacks(args.out, args.items)
     trainer = L.Trainer(
         max_epochs=1,
         max_steps=args.steps,
-        val_check_interval=args.every,
+        val_check_interval=10,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         logger=False,
@@ -123,8 +126,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for everything it writes")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps, at most an epoch")
-    parser.add_argument("--every", type=int, default=25, help="steps between validations, and between looks")
-    parser.add_argument("--items", type=int, default=200, help="items of general tasks in each look")
+    parser.add_argument("--items", type=int, default=300, help="items of general tasks in each look")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
