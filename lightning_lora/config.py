@@ -75,6 +75,8 @@ class LoRAConfig:
             raise UnsupportedError("`use_dora=True`: DoRA is not built in this version; leave it false")
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
+        _check_table("rank_pattern", self.rank_pattern)
+        _check_table("alpha_pattern", self.alpha_pattern)
         for key, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
@@ -94,6 +96,7 @@ class LoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name) or {}:
                 _check_regex(name, key)
+        _check_indices("layers_to_transform", self.layers_to_transform)
         if self.layers_to_transform is None and self.layers_pattern is not None:
             raise ConfigError("`layers_pattern` is given without `layers_to_transform`; give both or none")
         _check_choice("init_lora_weights", self.init_lora_weights, InitMode)
@@ -101,13 +104,13 @@ class LoRAConfig:
         _check_choice("compute_dtype", self.compute_dtype, DTypeName)
         _check_choice("adapter_dtype", self.adapter_dtype, MasterDTypeName)
 
-    def rank_for(self, name: str) -> int:
-        """Rank of the module called ``name`` (``rank_pattern`` or ``r``)."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+    def rank_for(self, *names: str) -> int:
+        """Rank of a module (``rank_pattern`` or ``r``), by any of its names: in full, inside the HF model."""
+        return _by_pattern(self.rank_pattern, names, self.r)
 
-    def alpha_for(self, name: str) -> float:
-        """``lora_alpha`` of the module called ``name`` (``alpha_pattern`` or ``lora_alpha``)."""
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+    def alpha_for(self, *names: str) -> float:
+        """``lora_alpha`` of a module (``alpha_pattern`` or ``lora_alpha``), by any of its names."""
+        return _by_pattern(self.alpha_pattern, names, self.lora_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as primitives, for YAML, JSON and checkpoints."""
@@ -180,9 +183,21 @@ def _check_regex(name: str, value: Any) -> None:
             raise ConfigError(f"`{name}` {value!r} is no regular expression: {error}") from error
 
 
-def _by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """The first entry whose key is ``name``, ends it at a dot, or matches it as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
+def _check_indices(name: str, value: Any) -> None:
+    indices = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in indices):
+        raise ConfigError(f"`{name}` must be a number of 0 or more, or a list of them, got {value!r}")
+
+
+def _check_table(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+        raise ConfigError(f"`{name}` must be a table of names to numbers, such as {{'q_proj': 32}}, got {value!r}")
+
+
+def matches_pattern(key: str, *names: str) -> bool:
+    """Whether a pattern's key is one of ``names``, ends one at a dot, or matches one as a regular expression."""
+    return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+
+
+def _by_pattern(pattern: dict[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
+    return next((value for key, value in (pattern or {}).items() if matches_pattern(key, *names)), default)

@@ -99,3 +99,15 @@ def test_round_trip_through_json() -> None:
 def test_unknown_keys_of_a_file_are_named() -> None:
     with pytest.raises(ConfigError, match=r"LoRAConfig does not know \['lora_magic'\]; it knows \['adapter_dtype', "):
         LoRAConfig.from_dict({"r": 2, "lora_magic": 1})
+
+
+@pytest.mark.parametrize("value", ["1", [True], [-1], 1.5, ["0"]])
+def test_layer_indices_that_are_none(value: object) -> None:
+    with pytest.raises(ConfigError, match="`layers_to_transform` must be a number of 0 or more, or a list of them"):
+        LoRAConfig(layers_to_transform=value)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_table(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` must be a table of names to numbers"):
+        LoRAConfig(**{name: [1]})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora
 from lightning_lora.model.gradients import GradientCheck, check_loss
-from lightning_lora.model.optimizers import Succession, check_optimizers, repair_optimizers
+from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.strategies import attach
 
@@ -143,6 +143,13 @@ class LoRA(Callback):
         with _rank_zero_notices(trainer):
             _say_idle_dropout(pl_module, self.config.lora_dropout)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """See that nothing but adapters is trained: `BaseFinetuning` unfreezes as an epoch begins."""
+        if batch_idx == 0:
+            check_trained(pl_module)
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """A loss that does not depend on the adapters fails here, with the reason."""
         check_loss(loss)
@@ -215,6 +222,11 @@ def _refuse_company(callback: LoRA, trainer: pl.Trainer) -> None:
         raise UnsupportedError(
             f"`BitsandbytesPrecision` and `LoRA(quantize={callback.config.quantize!r})` would both quantize the base: "
             'remove the plugin, or set `quantize="none"`'
+        )
+    if any(isinstance(other, StochasticWeightAveraging) for other in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            "`StochasticWeightAveraging` copies the model before the adapters are in it and fails at its first "
+            "epoch: use Lightning's `WeightAveraging`, after `LoRA` in `callbacks`"
         )
     for other in trainer.callbacks[: trainer.callbacks.index(callback)]:  # type: ignore[attr-defined]
         if isinstance(other, WeightAveraging):

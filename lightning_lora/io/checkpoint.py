@@ -10,6 +10,7 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
     targets       names of the adapted layers
     saved         names of the modules trained in full
     fingerprint   of the base before packing, or None
+    strength      what `set_adapter_scale` set, by name; modules at 1 are left out
     rng           one state of the random number generators a process (not in weights-only checkpoints)
 """
 
@@ -77,6 +78,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
         "targets": [name for name, saved in names if not saved],
         "saved": [name for name, saved in names if saved],
         "fingerprint": record.fingerprint,
+        "strength": {clean_name(name): m.strength for name, m in adapter_modules(model) if m.strength != 1.0},
     }
 
 
@@ -104,6 +106,8 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool = T
         return
     check_metadata(model, entry)
     load_adapter_state(model, state, strict=strict)
+    for name, module in adapter_modules(model):
+        module.strength = entry.get("strength", {}).get(clean_name(name), 1.0)
 
 
 def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -128,7 +132,10 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
     if not same_choice or any(name not in _CHOOSING_FIELDS for name in differing):
         told = [f"{name}: checkpoint {a!r}, model {b!r}" for name, (a, b) in differing.items()]
         told += [_difference(entry[key], own[key]) for key in ("targets", "saved") if entry[key] != own[key]]
-        raise AdapterMismatchError(f"the checkpoint was made with another LoRA configuration ({'; '.join(told)})")
+        raise AdapterMismatchError(
+            f"the checkpoint was made with another LoRA configuration ({'; '.join(told)}): give `LoRA` "
+            "the checkpoint's values, or start anew from its weights with `init_from`"
+        )
     compare_fingerprints(entry.get("fingerprint"), own["fingerprint"])
 
 

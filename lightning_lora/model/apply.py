@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.model.inner import clean_name
+from lightning_lora.model.inner import clean_name, inner_model, names_of
 from lightning_lora.model.targets import find_targets
 from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
 from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
@@ -75,7 +76,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
         UnsupportedError: The model is already sharded, or is to be packed and is quantized already.
         QuantizationError: A layer that bitsandbytes quantized cannot be taken over.
     """
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"`config` must be a LoRAConfig, got {config!r}; LoRAConfig.from_dict takes a dict")
     _refuse_converted(model)
+    prefix = inner_model(model)[0]
     targets = find_targets(model, config)
     record = AdapterRecord(config, fingerprint(model, targets.saved))
     base_bytes = _count(model)[1]
@@ -96,7 +100,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
             weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
             layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
         if name in adapted:
-            layer = LoRALinear(layer, record, config.rank_for(name), config.alpha_for(name))
+            layer = LoRALinear(
+                layer, record, config.rank_for(*names_of(name, prefix)), config.alpha_for(*names_of(name, prefix))
+            )
         _replace(model, paths[name], layer.train(original.training))
     _close_fast_paths(model)
     logical, packed_bytes = _count(model, skip=set(map(id, _added(model))))
@@ -192,6 +198,12 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
         tensor.copy_(state[name])
 
 
+def trained_outside(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that no adapter owns: training moves them and no checkpoint holds them."""
+    owned = set(map(id, _trained(model).values()))
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+
+
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in adapter_modules(model):
@@ -220,6 +232,12 @@ def _refuse_converted(model: nn.Module) -> None:
         raise AlreadyAdaptedError(
             "the model already carries adapters; start from a fresh base model, or load into this one with "
             "`load_adapter`"
+        )
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # not loaded: it has converted nothing
+    if peft is not None and any(isinstance(m, peft.BaseTunerLayer) for m in model.modules()):
+        raise AlreadyAdaptedError(
+            "the model already carries adapters of PEFT's: give the base model, after `merge_and_unload()` or "
+            "`unload()`, and load a saved adapter with `lightning_lora.load_adapter`"
         )
     sharded = [
         name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")

@@ -19,6 +19,7 @@ from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 
 PATIENCE = 5
+PATROL = 100
 
 _CAUSES = (
     "Causes seen: reentrant activation checkpointing whose input needs no gradient "
@@ -31,7 +32,7 @@ class GradientCheck:
     """Watches which adapted layers are called in training, and judges their gradients before a step.
 
     Args:
-        model: The converted model; hooks stay on it until every layer's first step has been judged.
+        model: The converted model; hooks stay on it until every layer has been called, `PATROL` steps at most.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,11 +44,14 @@ class GradientCheck:
         self._steps = dict.fromkeys(self._layers, 0)
         self._zero = dict.fromkeys(self._layers, 0)
         self._non_finite = 0
+        self._checks = 0
+        self._told: set[str] = set()
 
     @property
     def done(self) -> bool:
-        """Whether enough steps of every layer were seen."""
-        return all(count >= PATIENCE for count in self._steps.values())
+        """Whether enough steps of every layer were seen, from its first call on."""
+        called = all(self._steps[name] >= PATIENCE for name in self._called)
+        return called and (len(self._called) == len(self._layers) or self._checks >= PATROL)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -73,16 +77,19 @@ class GradientCheck:
             self._count_non_finite()
             return  # a loss scaler skips this step: it is not taken
         self._non_finite = 0
-        first = [name for name in layers if self._steps[name] == 0]
-        for name in layers:
+        self._checks += 1
+        called = [name for name in layers if name in self._called]
+        first = [name for name in called if self._steps[name] == 0]
+        for name in called:
             self._steps[name] += 1
-            self._zero[name] = self._zero[name] + 1 if name in zero and name in self._called else 0
-        if all(self._steps.values()):
+            self._zero[name] = self._zero[name] + 1 if name in zero else 0
+        if len(self._called) == len(self._layers) or self._checks >= PATROL:
             self.close()
-        self._check_none([name for name in first if name in self._called and name not in grads])
-        self._say_never_called([name for name in first if name not in self._called])
+        self._check_none([name for name in first if name not in grads])
+        self._say_never_called([n for n in layers if n not in self._called and n not in self._told])
+        self._told.update(layers)
         self._say_zero([name for name in first if self._zero[name]])
-        self._check_zero([name for name in layers if self._zero[name] == self._steps[name] == PATIENCE])
+        self._check_zero([name for name in called if self._zero[name] == self._steps[name] == PATIENCE])
 
     def _note(self, name: str, module: nn.Module, args: object) -> None:
         # Modules may be left in evaluation mode (`from_pretrained` does); reentrant checkpoints run without gradient.

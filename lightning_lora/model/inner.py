@@ -33,6 +33,12 @@ def inner_model(module: nn.Module) -> tuple[str, nn.Module]:
     return found[0] if len(found) == 1 else ("", module)
 
 
+def names_of(name: str, prefix: str) -> tuple[str, ...]:
+    """A module's name in full and, where it lies in the model called ``prefix``, inside that."""
+    inside = prefix and name.startswith(f"{prefix}.")
+    return (name, name[len(prefix) + 1 :]) if inside else (name,)
+
+
 def clean_name(name: str) -> str:
     """``name`` without what `torch.compile`, FSDP and checkpoint wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import Notice, OptimizerError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.apply import adapter_modules, trained_outside
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
 
@@ -63,12 +63,14 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
     adapts. What no group can be found for joins the first group of the first optimizer, with a notice.
 
     Raises:
-        OptimizerError: An optimizer that would have to change has already taken steps.
+        OptimizerError: An optimizer that would have to change has already taken steps, or one that was built
+            over adapters leaves some of them out.
     """
     optimizers = list(optimizers)
     trainable = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     names = {key: name for key, (name, _) in trainable.items()}
     placed = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = any(id_ in trainable for id_ in placed)  # it was built when the adapters were in the model
     inherited: list[str] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -84,6 +86,11 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
                 kept.extend(heirs)
             _replace(optimizer, group, kept, names)
     missing = [(name, p) for key, (name, p) in trainable.items() if key not in placed]
+    if missing and held:
+        raise OptimizerError(
+            f"the optimizer holds some of what is trained and leaves out {len(missing)} parameters, {missing[0][0]!r} "
+            "first: give it all of `self.parameters()`, or keep their layers out with `exclude_modules`"
+        )
     if missing and optimizers:
         first = optimizers[0].param_groups[0]
         _replace(optimizers[0], first, [*first["params"], *(p for _, p in missing)], names)
@@ -92,11 +99,12 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """See that every trainable parameter of the adapters is in some optimizer.
+    """See that every trainable parameter of the adapters is in some optimizer, and that nothing else is trained.
 
     Raises:
-        OptimizerError: Some are not, with their names.
+        OptimizerError: Some are not, or the base is trained too, with names.
     """
+    check_trained(model)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     lost = [
         f"{name}.{own}"
@@ -108,6 +116,20 @@ def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         raise OptimizerError(
             f"{len(lost)} adapter parameters are in no optimizer and would never be trained, {lost[0]!r} first: "
             "return an optimizer over `self.parameters()` from `configure_optimizers`"
+        )
+
+
+def check_trained(model: nn.Module) -> None:
+    """See that nothing is trained that checkpoints and adapter folders would not hold.
+
+    Raises:
+        OptimizerError: Parameters outside adapters and ``modules_to_save`` need gradients, with their names.
+    """
+    outside = trained_outside(model)
+    if outside:
+        raise OptimizerError(
+            f"{len(outside)} parameters of the frozen base would be trained, {outside[0]!r} first, and no checkpoint "
+            "would hold them: name their modules in `modules_to_save` instead of unfreezing them"
         )
 
 

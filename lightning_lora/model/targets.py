@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
-from lightning_lora.model.inner import hf_models, inner_model
+from lightning_lora.model.inner import hf_models, inner_model, names_of
 from lightning_lora.nn.adopted import quantized_elsewhere
 from lightning_lora.nn.linear import is_conv1d
 
@@ -64,7 +64,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         raise TargetError(_nothing_matched(model, config, linears))
     if not chosen:
         raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
-    _check_patterns(config, chosen)
+    _check_patterns(config, chosen, prefix)
+    _say_untied(model, saved)
     _check_other_owner(linears, config)
     excluded = config.exclude_modules
     packed = [
@@ -98,9 +99,7 @@ def matches(spec: str | list[str], name: str, prefix: str = "") -> bool:
 
     ``prefix`` is where the transformers model sits in a LightningModule: names inside it count too.
     """
-    names = [name]
-    if prefix and name.startswith(f"{prefix}."):
-        names.append(name[len(prefix) + 1 :])
+    names = names_of(name, prefix)
     if isinstance(spec, str):
         return any(re.fullmatch(spec, n) for n in names)
     return any(n == entry or n.endswith(f".{entry}") for n in names for entry in spec)
@@ -219,11 +218,26 @@ def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, 
         warnings.warn(f"`target_modules` entries {unmatched} match no linear layer{hints}", Notice, stacklevel=3)
 
 
-def _check_patterns(config: LoRAConfig, chosen: list[str]) -> None:
+def _check_patterns(config: LoRAConfig, chosen: list[str], prefix: str) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
-            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in chosen):
+            if not any(matches_pattern(key, *names_of(name, prefix)) for name in chosen):
                 raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{_near(key, chosen)}")
+
+
+def _say_untied(model: nn.Module, saved: list[str]) -> None:
+    """A weight that two modules share is trained in the saved one alone."""
+    parts = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
+    outside = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parts and not _under(name, saved)
+    ]
+    if outside:
+        warnings.warn(
+            f"{outside[0]!r} shares its weight with a module of `modules_to_save` ({saved}): the two come apart, "
+            "one trained and one frozen, and a merged model is written untied; name both to train both",
+            Notice,
+            stacklevel=4,
+        )
 
 
 def _check_other_owner(linears: dict[str, nn.Module], config: LoRAConfig) -> None:

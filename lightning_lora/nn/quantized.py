@@ -22,7 +22,6 @@ import logging
 import math
 import warnings
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -305,8 +304,3 @@ def _dynamic_level_values() -> list[float]:
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10 ** (exponent - 6)
         values += [sign * mean for mean in means.tolist() for sign in (1.0, -1.0)]
     return sorted(values)
-
-
-def nested_state(packed: PackedWeight) -> dict[str, Any]:
-    """The constants of a packed weight by name, for tests and for writers of other formats."""
-    return {name: buffer for name, buffer in packed.named_buffers() if name != "codes"}

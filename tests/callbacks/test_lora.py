@@ -468,3 +468,28 @@ class TestArguments:
         save_adapter(module, tmp_path / "adapter")
         with pytest.raises(AdapterMismatchError):
             fit(LM(net), tmp_path, LoRA(r=4, init_from=str(tmp_path / "adapter")))
+
+
+def test_stochastic_weight_averaging_is_refused_by_name(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    trainer = make_trainer(tmp_path, [LoRA(r=2), StochasticWeightAveraging(swa_lrs=1e-2)])
+    with pytest.raises(UnsupportedError, match="`StochasticWeightAveraging` copies the model before the adapters"):
+        trainer.fit(LM(TinyNet()), loader())
+
+
+def test_a_base_that_another_callback_unfreezes_is_an_error(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+            pass
+
+        def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net.embed, optimizer)
+
+    trainer = make_trainer(tmp_path, [LoRA(r=2), Unfreeze()], max_steps=40)
+    with pytest.raises(OptimizerError, match="frozen base would be trained, 'net.embed.weight' first"):
+        trainer.fit(LM(TinyNet()), loader(size=16))
+    assert trainer.current_epoch == 1

@@ -23,6 +23,7 @@ from lightning_lora import (
     load_adapter,
     load_from_checkpoint,
     save_adapter,
+    set_adapter_scale,
 )
 from lightning_lora.errors import (
     AdapterMismatchError,
@@ -32,11 +33,12 @@ from lightning_lora.errors import (
     Notice,
 )
 from lightning_lora.io.checkpoint import KEY, VERSION, load_state, metadata
+from lightning_lora.model.apply import adapter_modules
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
 
 LIGHTNING_KEYS = {"epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops"}
 TRAINING_KEYS = LIGHTNING_KEYS | {"callbacks", "optimizer_states", "lr_schedulers"}
-ENTRY_KEYS = {"version", "config", "targets", "saved", "fingerprint"}
+ENTRY_KEYS = {"version", "config", "targets", "saved", "fingerprint", "strength"}
 
 
 class Net(LM):
@@ -396,3 +398,15 @@ def test_a_fresh_task_head_is_no_part_of_the_base(tmp_path: Path) -> None:
     third = Labels(3).eval()
     load_adapter(third, tmp_path / "adapter")
     assert torch.equal(third(ids), module(ids))
+
+
+def test_the_strength_of_adapters_comes_back(tmp_path: Path) -> None:
+    module = LM(TinyNet())
+    trainer = make_trainer(tmp_path, [LoRA(r=2)], max_steps=2)
+    trainer.fit(module, loader())
+    set_adapter_scale(module, 0.5)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    set_adapter_scale(module, 1.0)
+    assert set(torch.load(tmp_path / "half.ckpt", weights_only=True)["lightning_lora"]["strength"].values()) == {0.5}
+    trainer.validate(module, loader(size=4), ckpt_path=tmp_path / "half.ckpt", verbose=False)
+    assert {m.strength for _, m in adapter_modules(module)} == {0.5}

@@ -427,3 +427,16 @@ def test_conversion_under_a_seed_is_the_same_conversion() -> None:
         torch.manual_seed(3)
         states.append(adapter_state_dict(_adapted(TinyNet())))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_model_of_pefts_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AlreadyAdaptedError, match="carries adapters of PEFT's: give the base model"):
+        apply_lora(model, LoRAConfig(r=2))
+
+
+def test_a_dict_is_no_config() -> None:
+    with pytest.raises(ConfigError, match=r"`config` must be a LoRAConfig, got \{'r': 4\}"):
+        apply_lora(TinyNet(), {"r": 4})

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import GradientError
+from lightning_lora.errors import GradientError, Notice
 from lightning_lora.model.apply import apply_lora
 from lightning_lora.model.gradients import PATIENCE, GradientCheck
-from tests.helpers import tiny_llama
+from tests.helpers import TinyNet, tiny_llama
 from tests.model.nets import notices
 
 
@@ -188,3 +188,17 @@ def test_closing_takes_the_hooks_off() -> None:
     net = _net()
     GradientCheck(net).close()
     assert _hooks(net) == 0
+
+
+def test_a_layer_that_is_first_called_late_is_judged_then() -> None:
+    net = TinyNet()
+    apply_lora(net, LoRAConfig(r=2, exclude_modules=["head"]))
+    check = GradientCheck(net)
+    held = {id(p) for p in net.parameters()}
+    net.first(torch.randn(2, 64)).sum().backward()
+    with pytest.warns(Notice, match="1 adapted layers were not called before the first optimizer step, 'second'"):
+        check.check(held)
+    net.second(torch.randn(2, 128)).detach()
+    with pytest.raises(GradientError, match="1 adapted layers were called but got no gradient.*'second'"):
+        check.check(held)
+    assert not check.done

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import OptimizerError
 from lightning_lora.model.apply import apply_lora
-from lightning_lora.model.optimizers import Succession, check_optimizers, repair_optimizers
+from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
 from tests.helpers import TinyNet
 from tests.model.nets import notices
 
@@ -162,3 +162,24 @@ def test_packed_weights_are_freed_unless_an_optimizer_holds_them() -> None:
     gc.collect()
     assert weight() is None
     assert succession.heirs(nn.Parameter(torch.zeros(1))) == []
+
+
+def test_an_optimizer_over_some_of_the_adapters_is_refused_by_name() -> None:
+    model = TinyNet()
+    apply_lora(model, LoRAConfig(r=2))
+    optimizer = torch.optim.SGD(model.second.parameters(), lr=0.1)
+    message = r"leaves out 2 parameters, 'first.adapter.lora_A' first: give it all of `self.parameters\(\)`"
+    with pytest.raises(OptimizerError, match=message):
+        repair_optimizers([optimizer], model)
+
+
+def test_a_base_that_is_unfrozen_is_refused_by_name() -> None:
+    model = TinyNet()
+    apply_lora(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    check_trained(model)
+    model.embed.requires_grad_(True)
+    message = "1 parameters of the frozen base would be trained, 'embed.weight' first.*`modules_to_save`"
+    with pytest.raises(OptimizerError, match=message):
+        check_trained(model)
+    with pytest.raises(OptimizerError, match=message):
+        check_optimizers([torch.optim.SGD(model.parameters(), lr=0.1)], model)

@@ -248,3 +248,16 @@ def test_eight_billion_parameters_on_meta_are_converted_in_a_moment() -> None:
     assert report.logical_params == 8_030_261_248
     assert report.trainable_params == 41_943_040
     assert report.fingerprint is None
+
+
+def test_patterns_see_names_inside_the_transformers_model_too() -> None:
+    report = apply_lora(module := LM(tiny_llama()), LoRAConfig(rank_pattern={"^model.layers.0.self_attn.q_proj": 3}))
+    ranks = {name: module.get_submodule(name).r for name in report.adapted}
+    assert {name for name, r in ranks.items() if r == 3} == {"net.model.layers.0.self_attn.q_proj"}
+
+
+def test_a_saved_module_that_comes_apart_from_its_tie_is_said() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    (said,) = notices(lambda: _targets(model, modules_to_save=["embed_tokens"]))
+    assert "'lm_head.weight' shares its weight with a module of `modules_to_save` (['model.embed_tokens'])" in said
+    assert notices(lambda: _targets(model, modules_to_save=["embed_tokens", "lm_head"])) == []
