@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
+from lightning_lora.forgetting.encoding import name_tokenizer
 from lightning_lora.forgetting.monitor import Monitor, Report, check_levels
 from lightning_lora.forgetting.ranks import from_rank_zero, rank_and_world, together
 from lightning_lora.forgetting.scoring import Scorer
@@ -155,11 +156,13 @@ class ForgettingMonitor(Callback):
                 f"ForgettingMonitor compares the model with adapters on and off, and {type(pl_module).__name__} has "
                 f"none. Add the LoRA callback, or call apply_lora in configure_model."
             )
-        self._scorer = Scorer(
-            pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
-        )
+        name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
         if self._loaded is None:
             self._loaded = self._load(trainer.local_rank)
+        with together("making ready to score"):
+            self._scorer = Scorer(
+                pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
+            )
         history = self._monitor
         self._monitor = Monitor(self._loaded, self.items_per_eval, self.seed, self.tolerance, self.alpha)
         if self._restored is None and history is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.forgetting.sources import hub_problem
 
 #: Longest input when neither the model's configuration nor the tokenizer states one [tokens].
 DEFAULT_MAX_LENGTH = 2048
@@ -58,7 +59,7 @@ class Encoder:
 
 
 def find_tokenizer(tokenizer: Any, module: nn.Module) -> Any:
-    """The tokenizer that the user means.
+    """The tokenizer that the user means; a name is looked up on the hub.
 
     Args:
         tokenizer: an object with ``encode`` and ``decode``; a folder or name that
@@ -67,6 +68,20 @@ def find_tokenizer(tokenizer: Any, module: nn.Module) -> Any:
 
     Raises:
         ConfigError: when there is none, or it cannot be loaded.
+    """
+    found = name_tokenizer(tokenizer, module)
+    return _load(found) if isinstance(found, str) else found
+
+
+def name_tokenizer(tokenizer: Any, module: nn.Module) -> Any:
+    """The tokenizer object that the user means, or its folder or name; nothing is loaded.
+
+    Args:
+        tokenizer: see `find_tokenizer`.
+        module: where to look.
+
+    Raises:
+        ConfigError: when there is none, it is no tokenizer, or its folder does not exist.
     """
     if tokenizer is None:
         tokenizer = getattr(module, "tokenizer", None)
@@ -79,13 +94,35 @@ def find_tokenizer(tokenizer: Any, module: nn.Module) -> Any:
         if not callable(getattr(tokenizer, "encode", None)):
             raise ConfigError(f"`tokenizer` must have a method `encode`: got {type(tokenizer).__name__}.")
         return tokenizer
+    path = Path(tokenizer).expanduser()
+    if not path.exists() and (isinstance(tokenizer, Path) or _is_path(tokenizer)):
+        raise ConfigError(
+            f"`tokenizer`={str(tokenizer)!r} does not exist (looked from {Path.cwd()}). Give a folder that holds a "
+            f"tokenizer, a name on the hub, or an object."
+        )
+    return str(path) if path.exists() else str(tokenizer)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be no name on the hub: those are ``name`` or ``owner/name``."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _load(name: str) -> Any:
+    """Load by folder or name. The hub is asked once whether it is there: the library would ask for 50 s."""
     from transformers import AutoTokenizer
 
+    problem = None if Path(name).exists() else hub_problem()
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer))
+        return AutoTokenizer.from_pretrained(name, local_files_only=problem is not None)
     except Exception as error:
+        if problem is not None:
+            raise ConfigError(
+                f"`tokenizer`={name!r} is no folder here and not in this machine's Hugging Face cache, and {problem}. "
+                f"To work without the hub, give the local folder of a tokenizer, or an object."
+            ) from error
         raise ConfigError(
-            f"`tokenizer`={str(tokenizer)!r} cannot be loaded: {type(error).__name__}: {error}. Give a folder that "
+            f"`tokenizer`={name!r} cannot be loaded: {type(error).__name__}: {error}. Give a folder that "
             f"holds a tokenizer, a name on the hub, or an object."
         ) from error
 

@@ -21,7 +21,8 @@ PROBE_SECONDS = 8.0
 WAY_OUT = (
     "To work without the hub, write a YAML file with `dataset_path: json` and `dataset_kwargs: {data_files: "
     "{test: items.jsonl}}` (and `include:` the original task's YAML to keep its prompts), and give its path in "
-    "`tasks`; or set HF_HUB_OFFLINE=1 when the data set is already in this machine's Hugging Face cache."
+    "`tasks`; or set HF_HUB_OFFLINE=1 when the data set is already in this machine's Hugging Face cache. A tokenizer "
+    "given by its name on the hub cannot be had either: give its local folder as `tokenizer`."
 )
 
 
@@ -123,30 +124,37 @@ def _check_json(task: str, path: Path) -> None:
 
 
 def require_hub(task: str) -> None:
-    """Ask the hub once whether it answers, within `PROBE_SECONDS`; a data library would retry for each task.
+    """Ask the hub once whether it answers; a data library would retry for each task.
 
     Args:
         task: the first task that needs it, for the message.
 
     Raises:
-        TaskError: when it does not answer. Nothing is asked when HF_HUB_OFFLINE is set: then the cache decides.
+        TaskError: when it does not answer.
     """
-    from datasets import config
+    problem = hub_problem()
+    if problem is not None:
+        raise TaskError(f"Task {task!r} needs a data set from the hub: {problem}. {WAY_OUT}")
+
+
+def hub_problem() -> str | None:
+    """What keeps the hub from answering within `PROBE_SECONDS`, or None when it answers.
+
+    Nothing is asked when HF_HUB_OFFLINE is set: then the cache decides.
+    """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE:
-        return
+    if constants.HF_HUB_OFFLINE:
+        return None
     outcome: list[Exception | None] = []
     # A name server that does not answer holds a thread far beyond any timeout of the request.
     probe = threading.Thread(target=lambda: outcome.append(_ask(constants.ENDPOINT)), daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
     problem = outcome[0] if outcome else TimeoutError(f"no answer within {PROBE_SECONDS:.0f} s")
-    if problem is not None:
-        raise TaskError(
-            f"Task {task!r} needs a data set from {constants.ENDPOINT}, which cannot be reached "
-            f"({type(problem).__name__}: {problem}). {WAY_OUT}"
-        ) from problem
+    if problem is None:
+        return None
+    return f"{constants.ENDPOINT} cannot be reached ({type(problem).__name__}: {problem})"
 
 
 def _ask(endpoint: str) -> Exception | None:

@@ -6,7 +6,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +281,9 @@ class Steps(L.Callback):
         ({"tasks": "no_such_task"}, TaskError, "'no_such_task' is unknown to lm-eval"),
         ({"tasks": "missing.yaml"}, TaskError, "'missing.yaml' does not exist"),
         ({"tokenizer": None}, ConfigError, "Student has no attribute `tokenizer`"),
+        ({"tokenizer": "./no_such_folder"}, ConfigError, "`tokenizer`='./no_such_folder' does not exist"),
+        ({"tokenizer": "models/base/no_such"}, ConfigError, "`tokenizer`='models/base/no_such' does not exist"),
+        ({"tokenizer": Path("no_such_folder")}, ConfigError, "`tokenizer`='no_such_folder' does not exist"),
         ({"forward": "no.such"}, ConfigError, "`forward`='no.such'"),
     ],
 )
@@ -289,6 +295,41 @@ def test_bad_input_fails_before_the_first_step(
     with pytest.raises(error, match=message):
         trainer(monitor, counter).fit(tiny.Student(), tiny.loader())
     assert counter.taken == 0
+
+
+OFFLINE = """
+import json, sys, time
+from pathlib import Path
+import lightning as L
+from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_lora.callbacks.lora import LoRA
+from tests.forgetting import tiny
+
+for tasks in (["arc_easy", "hellaswag", "winogrande"], [sys.argv[1]]):
+    start = time.time()
+    monitor = ForgettingMonitor(tasks, tokenizer="gpt2")
+    try:
+        L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[LoRA(r=2), monitor]
+        ).fit(tiny.Student(), tiny.loader())
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error), time.time() - start]))
+"""
+
+
+def test_hub_out_of_reach_fails_soon_for_tasks_and_tokenizer(folder: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    env.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", OFFLINE, str(folder / "beta.yaml")]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=200)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    (kind, tasks, seconds), (other_kind, tokenizer, other_seconds) = said
+    assert (kind, other_kind) == ("TaskError", "ConfigError")
+    assert all(part in tasks for part in ("'arc_easy'", "dataset_path: json", "give its local folder as `tokenizer`"))
+    assert "`tokenizer`='gpt2' is no folder here" in tokenizer
+    assert "give the local folder of a tokenizer" in tokenizer
+    assert max(seconds, other_seconds) < 30
 
 
 def test_a_model_without_adapters_is_refused(folder: Path, tokenizer: Any) -> None:
