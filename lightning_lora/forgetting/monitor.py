@@ -177,10 +177,6 @@ class Monitor:
         """
         return self._report(scorer, step, "verdict", self.bank.everything(), left)
 
-    def forget_base(self) -> None:
-        """Drop the base's cached scores: another model comes."""
-        self._base.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """Looks taken, their reports and the alpha spent, in primitives: some 400 bytes for a task and look."""
         return {

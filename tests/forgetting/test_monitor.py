@@ -87,10 +87,6 @@ def test_base_is_asked_once_for_an_item_in_full_precision(
     rows.clear()
     monitor.verdict(scorer, step=2)
     assert sum(rows) == model_and_base / 2
-    monitor.forget_base()
-    rows.clear()
-    monitor.verdict(scorer, step=3)
-    assert sum(rows) == model_and_base
 
 
 def test_base_is_asked_in_the_models_batches_in_16_bits(
