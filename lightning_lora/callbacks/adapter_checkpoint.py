@@ -164,7 +164,8 @@ def _remove_adapter(folder: str) -> None:
         if not os.path.islink(folder):
             check_target(folder)
     except CheckpointError:
-        warnings.warn(f"{folder} is kept though its checkpoint is removed: it holds more than an adapter", Notice)
+        text = f"{folder} is kept though its checkpoint is removed: it holds more than an adapter"
+        warnings.warn(text, Notice, stacklevel=2)
         return
     remove_folder(folder)
 

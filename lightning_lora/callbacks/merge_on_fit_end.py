@@ -101,6 +101,14 @@ class MergeOnFitEnd(Callback):
             if not compiled:  # a traced hook would stay: compared on other inputs, or not at all
                 self._inputs.wait(adapter_root(pl_module)[1])
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """From here on the module is called by its training step."""
+        self._inputs.armed = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """What calls the module from here on is no training step: validation, or a monitor's look."""
+        self._inputs.armed = False
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, compare and report."""
         self._inputs.stop()
@@ -138,21 +146,25 @@ class MergeOnFitEnd(Callback):
 class FirstInputs:
     """What the modules with adapters are called with in the first training step, copied to the CPU.
 
-    A hook a module, removed by its first call.
+    Of a plain module the outermost parts that are called themselves: a container is not, what is in it is. A hook
+    a module, removed by its first call or by that of a module around it.
     """
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[tuple, dict]] = {}
+        self.armed = False
         self._handles: dict[str, RemovableHandle] = {}
 
     def wait(self, root: nn.Module) -> None:
         """Put the hooks in.
 
         Args:
-            root: The transformers model, or the plain module whose children are watched.
+            root: The transformers model, or the plain module whose parts are watched.
         """
-        for name, module in [("", root)] if is_hf_model(root) else list(_callable_children(root)):
-            hook = self._hook(name, whole=not is_hf_model(root))
+        hf = is_hf_model(root)
+        labels = hf and bool(getattr(root.config, "is_encoder_decoder", False))  # from which it makes decoder inputs
+        for name, module in [("", root)] if hf else list(_parts_with_adapters(root)):
+            hook = self._hook(name, ROWS if hf else None, labels or not hf)
             self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def stop(self) -> None:
@@ -160,19 +172,22 @@ class FirstInputs:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self.armed = False
 
-    def _hook(self, name: str, whole: bool) -> Callable[[nn.Module, tuple, dict], None]:
+    def _hook(self, name: str, rows: int | None, labels: bool) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not module.training:  # a monitor's look, not a training step
+            if not self.armed or not torch.is_grad_enabled():  # a monitor's look, not a training step
                 return
-            self._handles.pop(name).remove()
-            self.seen[name] = _kept(args, kwargs, None if whole else ROWS)
+            for inner in [n for n in self._handles if n == name or n.startswith(f"{name}.")]:
+                self._handles.pop(inner).remove()
+            self.seen = {n: given for n, given in self.seen.items() if not n.startswith(f"{name}.")}
+            self.seen[name] = _kept(args, kwargs, rows, labels)
 
         return hook
 
 
-def _kept(args: tuple, kwargs: dict, rows: int | None) -> tuple[tuple, dict]:
-    """CPU copies of tensors and plain values; labels, caches and other objects left out."""
+def _kept(args: tuple, kwargs: dict, rows: int | None, labels: bool) -> tuple[tuple, dict]:
+    """CPU copies of tensors and plain values; caches and other objects left out, labels where not asked for."""
     tensors = [v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim() > 1]
     batch = tensors[0].shape[0] if tensors else None
 
@@ -183,18 +198,20 @@ def _kept(args: tuple, kwargs: dict, rows: int | None) -> tuple[tuple, dict]:
         return (value[:rows] if cut else value).detach().to("cpu", copy=True)
 
     plain = (Tensor, int, float, bool, str, type(None))
-    named = {k: keep(v) for k, v in kwargs.items() if k != "labels" and isinstance(v, plain)}
+    named = {k: keep(v) for k, v in kwargs.items() if (labels or k != "labels") and isinstance(v, plain)}
     return tuple(keep(value) for value in args), named
 
 
-def _callable_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost children with adapters that are called themselves, by name."""
-    for name, child in module.named_children():
-        if any(isinstance(m, AdapterModule) for m in child.modules()):
-            if isinstance(child, nn.ModuleList | nn.ModuleDict):
-                yield from _callable_children(child, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", child
+def _parts_with_adapters(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `root` that is or holds adapters, by name, nothing inside an adapter module."""
+    inside = ""
+    for name, module in root.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, AdapterModule):
+            inside = f"{name}."
+        if any(isinstance(m, AdapterModule) for m in module.modules()):
+            yield name, module
 
 
 def _is_compiled(name: str, module: nn.Module) -> bool:

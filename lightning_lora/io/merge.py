@@ -12,6 +12,7 @@ can lose much of a small update, so the error is measured layer by layer, agains
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,7 @@ class MergeReport:
         logit_error: ``||merged - live|| / ||live||`` of the outputs, None where no input was at hand.
         logit_limit: What `logit_error` may be.
         checked_on: What the outputs were compared on.
+        not_finite: Names of merged layers and of modules trained in full with values that are not finite.
     """
 
     layers: dict[str, float] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class MergeReport:
     logit_error: float | None = None
     logit_limit: float | None = None
     checked_on: str | None = None
+    not_finite: list[str] = field(default_factory=list)
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -93,7 +96,8 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
 
     Raises:
         ConfigError: The model has no adapters.
-        MergeError: The outputs differ by more than the limit of the dtype; the model is merged then.
+        MergeError: The outputs differ by more than the limit of the dtype, or merged weights are not finite; the
+            model is merged then.
     """
     if not is_adapted(model):
         raise ConfigError("the model has no adapters to merge")
@@ -109,6 +113,8 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
             _measure(report, clean(names[0]), module, weight)
+        elif isinstance(module, SavedModule):
+            _check_finite(report, clean(names[0]), *plain.parameters())
         for name in names:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain)
@@ -117,7 +123,7 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     if inputs is not None and before is not None:
         report.logit_error = relative_error(outputs_of(model, inputs), before)
         report.logit_limit, report.checked_on = LOGIT_LIMITS[narrowest], "the given inputs"
-        check_limit(report)
+    check_limit(report)
     return report
 
 
@@ -158,6 +164,8 @@ def merged_tensors(
             value = _strengthened(name, tensor, replaced)
             keep = wanted is None or not value.is_floating_point()
             done[id(tensor)] = value.to("cpu", value.dtype if keep else wanted).contiguous()
+            if report is not None and plain != name and isinstance(tensor, nn.Parameter):
+                _check_finite(report, clean(plain), done[id(tensor)])
         yield clean(plain), done[id(tensor)]
 
 
@@ -226,9 +234,16 @@ def check_limit(report: MergeReport) -> None:
     """Refuse a merge whose outputs differ from the live model's by more than the limit.
 
     Raises:
-        MergeError: They do, or are not finite.
+        MergeError: They do, or they or merged weights are not finite.
     """
     error, limit = report.logit_error, report.logit_limit
+    broken = [*report.not_finite, *(name for name, e in report.layers.items() if not math.isfinite(e))]
+    if broken:
+        raise MergeError(
+            f"the merged weights are not finite in {len(set(broken))} modules, {broken[0]!r} first: the run "
+            f"diverged, or {report.dtype} has no room for them"
+            + ("" if report.dtype == "float32" else ' (merge with dtype="fp32")')
+        )
     if error is not None and limit is not None and not error <= limit:
         raise MergeError(
             f"the merged model's outputs differ from the live model's by {error:.3e}, the limit for "
@@ -325,8 +340,14 @@ def _measure(report: MergeReport, name: str, module: LoRALinear, weight: Tensor)
     exact = module.base_weight(torch.float32) + delta
     difference = float((weight.float() - exact).norm())
     size, update = float(exact.norm()), float(delta.norm())
+    _check_finite(report, name, weight)
     report.layers[name] = difference / size if size > 0 else difference
     report.lost[name] = difference / update if update > 0 else 0.0
+
+
+def _check_finite(report: MergeReport, name: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        report.not_finite.append(name)
 
 
 def _floating(value: Any) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ from lightning_lora.io.merge import (
     relative_error,
     replaceable,
 )
-from lightning_lora.io.names import adapter_root
+from lightning_lora.io.names import adapter_root, clean
 from lightning_lora.model.apply import adapter_record, is_adapted
 from lightning_lora.model.inner import is_hf_model
 from lightning_lora.nn.adapter import torch_dtype
@@ -191,25 +191,32 @@ def _save_tokenizer(root: nn.Module, part: Path, tokenizer: Any) -> None:
 
 
 def _compare(root: nn.Module, part: Path, inputs: Inputs, report: MergeReport) -> None:
-    """Load what was written and compare its outputs with the live model's."""
+    """Load what was written and compare its outputs with the live model's, on the first inputs that both take."""
     merged = _load_transformers(root, part) if is_hf_model(root) else None
-    try:
-        if merged is not None:
-            report.checked_on = "a training batch" if "" in inputs else "fixed token ids"
-            given = inputs.get("") or _token_ids(root)
-            pairs = [] if given is None else [_outputs(root, merged, given)]
-        else:
-            report.checked_on = "a training batch"
-            state = load_file(part / STATE)
-            pairs = [_outputs(unit, merged_unit, given) for unit, merged_unit, given in _units(root, state, inputs)]
-    except Exception as error:  # the merge stands; what could not run here (a GPU kernel, say) is said
-        warnings.warn(f"live and merged outputs could not be compared: {error!r}", Notice, stacklevel=3)
-        pairs = []
-    if pairs:
-        live, other = ([t for pair in pairs for t in pair[side]] for side in (0, 1))
-        report.logit_error = relative_error(other, live)
+    batch, problem = "a training batch", "no input was seen in training, and there is none for a model of its kind"
+    choices: list[tuple[str, Any]]
+    if merged is not None:
+        choices = [(batch, inputs.get("")), ("fixed token ids", _token_ids(root))]
     else:
-        report.checked_on = None
+        choices = [(batch, inputs or None)]
+    for name, given in choices:
+        if given is None:
+            continue
+        try:
+            if merged is not None:
+                pairs = [_outputs(root, merged, given)]
+            else:
+                units = _units(root, load_file(part / STATE), given)
+                pairs = [_outputs(unit, merged_unit, own) for unit, merged_unit, own in units]
+        except Exception as error:  # the merge stands; what could not run here (a GPU kernel, say) is said
+            problem = f"{name}: {error!r}"
+            continue
+        live, other = ([t for pair in pairs for t in pair[side]] for side in (0, 1))
+        if live or other:
+            report.logit_error, report.checked_on = relative_error(other, live), name
+            return
+        problem = f"{name}: there are no floating outputs"
+    warnings.warn(f"live and merged outputs could not be compared ({problem}): only weights were", Notice, stacklevel=3)
 
 
 def _units(
@@ -219,7 +226,7 @@ def _units(
     for name, given in inputs.items():
         unit = root.get_submodule(name)
         plain = _unwrapped(copy.deepcopy(unit))
-        prefix = f"{name}." if name else ""
+        prefix = f"{clean(name)}." if name else ""
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         plain.load_state_dict(own, assign=True)
         yield unit, plain, given

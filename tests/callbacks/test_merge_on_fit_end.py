@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
-from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
+from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.model.apply import adapter_state_dict
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
@@ -160,6 +160,99 @@ def test_children_in_lists_and_linears_of_the_module_itself_are_compared(tmp_pat
     plain = Direct()
     plain.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
     assert error(logits(plain), logits(model)) < 1e-4
+
+
+class Plain(L.LightningModule):
+    """Squares the outputs of its layers, called in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        if how == "eval mode":
+            self.net.eval()
+        elif how == "compiled":
+            self.net = torch.compile(self.net, backend="eager")
+        elif how == "container":
+            self.net.register_module("box", nn.Module())
+            self.net.box.inner = nn.Linear(8, 4)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = batch[:, :8].float() / 64
+        if self.how == "weights only":
+            return (x @ (self.net[0].lora_B @ self.net[0].lora_A).t()).square().mean()
+        return (self.net.box.inner if self.how == "container" else self.net)(x).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("how", ["eval mode", "container"])
+def test_a_plain_module_is_compared_however_it_is_called(how: str, tmp_path: Path) -> None:
+    merge = MergeOnFitEnd(tmp_path / "m")
+    model = Plain(how)
+    make_trainer(tmp_path, [LoRA(r=2), merge]).fit(model, loader())
+    assert merge.report is not None
+    assert merge.report.checked_on == "a training batch"
+    assert merge.report.logit_error < 1e-4
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("how", ["compiled", "weights only"])
+def test_a_merge_that_could_not_be_compared_is_said(how: str, tmp_path: Path) -> None:
+    merge = MergeOnFitEnd(tmp_path / "m")
+    with pytest.warns(Notice, match="could not be compared .no input was seen in training.*only weights were"):
+        make_trainer(tmp_path, [LoRA(r=2), merge]).fit(Plain(how), loader())
+    assert merge.report is not None
+    assert (merge.report.checked_on, merge.report.logit_error) == (None, None)
+
+
+def test_looks_outside_of_training_steps_are_not_what_is_compared_on(tmp_path: Path) -> None:
+    class Looks(L.Callback):
+        """Calls the module in training mode where a monitor would."""
+
+        def look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            with torch.no_grad():
+                pl_module.net(torch.zeros(2, 3, dtype=torch.long))
+
+        on_train_start = on_train_batch_start = on_train_batch_end = look
+
+    merge = MergeOnFitEnd(tmp_path / "m")
+    seen: list[torch.Size] = []
+
+    class Reads(L.Callback):
+        def on_train_end(self, *_: Any) -> None:
+            seen.extend(args[0].shape for args, _ in merge._inputs.seen.values())
+
+    make_trainer(tmp_path, [merge, Looks(), LoRA(r=2), Reads()]).fit(LM(TinyNet()), loader())
+    assert seen == [torch.Size([4, 16])]
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    class Breaks(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            next(iter(adapter_state_dict(pl_module).values())).fill_(float("nan"))
+
+    for how in ("eval mode", "compiled"):
+        with pytest.raises(MergeError, match="merged weights are not finite in 1 modules, 'net.0' first"):
+            make_trainer(tmp_path, [LoRA(r=2), MergeOnFitEnd(tmp_path / "m"), Breaks()]).fit(Plain(how), loader())
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_encoder_decoder_is_compared_on_its_batch(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    class Seq2Seq(LM):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(input_ids=batch, labels=batch).loss
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    merge = MergeOnFitEnd(tmp_path / "m")
+    make_trainer(tmp_path, [LoRA(r=2), merge]).fit(Seq2Seq(T5ForConditionalGeneration(config)), loader())
+    assert merge.report is not None
+    assert merge.report.checked_on == "a training batch"
+    assert merge.report.logit_error < 1e-4
 
 
 def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:

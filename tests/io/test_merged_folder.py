@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
+from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
+from lightning_lora.io.merge import merge_adapters
 from lightning_lora.io.merged_folder import check_target, write_merged
 from lightning_lora.model.apply import apply_lora
 from tests.helpers import LM, TinyNet, named_tensors, random_adapters, tiny_gpt2, tiny_llama
@@ -119,7 +120,33 @@ def test_a_plain_module_gives_a_state_dict_that_loads_strictly(quantize: str, tm
     assert error(logits(plain), logits(model)) < 1e-5
     assert report.logit_error is not None
     assert report.logit_error < 1e-5
-    assert write_merged(model, tmp_path / "m").logit_error is None  # nothing to compare on
+    with pytest.warns(Notice, match="could not be compared"):  # there is nothing to compare on
+        assert write_merged(model, tmp_path / "m").logit_error is None
+
+
+def test_a_batch_that_cannot_be_run_again_gives_way_to_fixed_ids(tmp_path: Path) -> None:
+    report = write_merged(adapted(tiny_llama()), tmp_path / "m", inputs={"": ((), {"attention_mask": IDS})})
+    assert report.checked_on == "fixed token ids"
+    assert report.logit_error < 1e-4
+
+
+@pytest.mark.parametrize("where", ["layer", "saved"])
+def test_weights_that_are_not_finite_are_not_written(where: str, tmp_path: Path) -> None:
+    model = adapted(LM(TinyNet()), modules_to_save=["second"])
+    broken = model.net.first.lora_B if where == "layer" else model.net.second.trained.bias
+    broken.data[0] = float("inf")
+    with pytest.raises(MergeError, match="merged weights are not finite in 1 modules, 'net.(first|second.bias)'"):
+        write_merged(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MergeError, match="not finite in 1 modules, 'net.(first|second)'"):
+        merge_adapters(model)
+
+
+def test_a_weight_that_fp16_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    model = adapted(LM(TinyNet()))
+    model.net.first.base_layer.weight.data[0, 0] = 1e5
+    with pytest.raises(MergeError, match='float16 has no room for them .merge with dtype="fp32"'):
+        write_merged(model, tmp_path / "m", "fp16")
 
 
 def test_a_difference_past_the_limit_leaves_no_folder(tmp_path: Path) -> None:
