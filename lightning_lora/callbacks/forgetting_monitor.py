@@ -70,7 +70,8 @@ class ForgettingMonitor(Callback):
         include_path: Folder or folders of task YAML files, searched before lm-eval's own.
         tolerance: A drop of accuracy that is nobody's concern, 0.005 for half a point.
         alpha: Probability of an alarm in the whole run when no drop exceeds the tolerance.
-        on_forgetting: What an alarm does: "warn", or "stop" to end training after this step.
+        on_forgetting: What an alarm does: "warn", or "stop" to end training after this step, or as soon as the
+            trainer's min_steps and min_epochs allow.
         seed: Shuffles the bank of items.
 
     Raises:
@@ -131,6 +132,7 @@ class ForgettingMonitor(Callback):
         self._restored: dict[str, Any] | None = None
         self._seen_step = 0
         self._unlogged: dict[str, float] = {}
+        self._stopping = False
 
     @property
     def history(self) -> list[Report]:
@@ -261,6 +263,7 @@ class ForgettingMonitor(Callback):
                 monitor.load_state_dict(self._restored)
         self._restored = None
         self._seen_step = step
+        self._stopping = False
 
     def _look(self, trainer: Trainer, verdict: bool = False) -> Report:
         monitor = self._monitor_or_fail()
@@ -285,17 +288,31 @@ class ForgettingMonitor(Callback):
             warnings.warn(
                 f"Forgetting at step {report.step}: below the base {found}, at an error probability of {self.alpha:g} "
                 f"over the run (tolerance {100 * self.tolerance:g} points)."
-                + (" Training stops here, as `on_forgetting` says." if stops else ""),
+                + (f" {_when_it_stops(trainer)}, as `on_forgetting` says." if stops and not self._stopping else ""),
                 Notice,
                 stacklevel=2,
             )
         if stops:
-            trainer.should_stop = True
+            trainer.should_stop = self._stopping = True
 
     def _monitor_or_fail(self) -> Monitor:
         if self._monitor is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         return self._monitor
+
+
+def _when_it_stops(trainer: Trainer) -> str:
+    """The Trainer heeds no wish to stop before its ``min_steps`` and ``min_epochs`` are done."""
+    held = []
+    if trainer.min_steps and trainer.global_step < trainer.min_steps:
+        held.append(f"step {trainer.min_steps} (`min_steps`)")
+    if trainer.min_epochs and trainer.fit_loop.epoch_progress.current.processed < trainer.min_epochs:
+        held.append(f"epoch {trainer.min_epochs} (`min_epochs`)")
+    return (
+        f"Training stops only when the trainer has done {' and '.join(held)}"
+        if held
+        else "Training stops after this step"
+    )
 
 
 def _check_action(on_forgetting: str) -> None:

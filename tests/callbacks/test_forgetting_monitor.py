@@ -163,6 +163,33 @@ def test_a_model_that_forgets_is_named_and_stopped(folder: Path, tokenizer: Any,
     assert run.global_step < 12 if action == "stop" else run.global_step == 12
 
 
+@pytest.mark.parametrize(
+    ("limits", "said", "end"),
+    [
+        ({}, "Training stops after this step, as", 3),
+        (
+            {"min_steps": 6, "limit_train_batches": 4},
+            "only when the trainer has done step 6 (`min_steps`) and epoch 1 (`min_epochs`), as",
+            6,
+        ),
+        ({"min_epochs": 2, "limit_train_batches": 4}, "only when the trainer has done epoch 2 (`min_epochs`), as", 8),
+    ],
+)
+def test_stopping_is_said_once_with_the_step_at_which_it_comes(
+    folder: Path, tokenizer: Any, recwarn: pytest.WarningsRecorder, limits: dict[str, Any], said: str, end: int
+) -> None:
+    monitor = ForgettingMonitor(
+        str(folder / "known.yaml"), tokenizer, every_n_steps=3, items_per_eval=60, on_forgetting="stop"
+    )
+    run = trainer(monitor, max_steps=12, **limits)
+    run.fit(tiny.Student(lr=2.0), tiny.loader())
+    texts = [str(w.message) for w in recwarn if issubclass(w.category, Notice) and "Forgetting" in str(w.message)]
+    assert [r.step for r in monitor.history if r.alarms][0] == 3
+    assert [said in text for text in texts] == [True] + [False] * (len(texts) - 1)
+    assert sum("Training stops" in text for text in texts) == 1
+    assert run.global_step == end
+
+
 def test_no_forgetting_no_alarm(folder: Path, tokenizer: Any, recwarn: pytest.WarningsRecorder) -> None:
     monitor = ForgettingMonitor(str(folder / "known.yaml"), tokenizer, every_n_steps=1, on_forgetting="stop")
     run = trainer(monitor, max_steps=4)
