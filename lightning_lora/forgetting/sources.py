@@ -12,6 +12,8 @@ from typing import Any
 
 from lightning_lora.errors import TaskError
 
+_ONE_A_LINE = "Write one JSON object a line, one item each."
+
 # Builders that `datasets` carries with it: they read files and need no hub.
 _FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "pandas", "xml"}
 
@@ -84,6 +86,13 @@ def check_files(task: str, config: Mapping[str, Any]) -> None:
     """
     if config.get("dataset_path") not in _FILE_BUILDERS:
         return
+    kwargs = config.get("dataset_kwargs") or {}
+    elsewhere = kwargs.get("data_dir") or config.get("custom_dataset") or config.get("include")
+    if not any(data_files(config)) and not elsewhere:
+        raise TaskError(
+            f"Task {task!r} has `dataset_path: {config['dataset_path']}` and names no file. Add `dataset_kwargs: "
+            f"{{data_files: {{test: items.jsonl}}}}`; without it every file of the working folder would be read."
+        )
     for name in data_files(config):
         if "://" in name or any(c in name for c in "*?["):
             continue
@@ -100,12 +109,17 @@ def check_files(task: str, config: Mapping[str, Any]) -> None:
 def _check_json(task: str, path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
-        raise TaskError(f"Task {task!r}: {path} is empty. Write one JSON object a line, one item each.")
+        raise TaskError(f"Task {task!r}: {path} is empty. {_ONE_A_LINE}")
     try:
-        json.loads(text)  # one document: a list, an object, or a file of a single line
-        return
+        value = json.loads(text)  # one document: a list, an object, or a file of a single line
     except json.JSONDecodeError:
         pass
+    else:
+        if not value:
+            raise TaskError(f"Task {task!r}: {path} holds no item ({text.strip()[:20]}). {_ONE_A_LINE}")
+        if not isinstance(value, dict | list):
+            raise TaskError(f"Task {task!r}: {path} is a JSON {type(value).__name__}. {_ONE_A_LINE}")
+        return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

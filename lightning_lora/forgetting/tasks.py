@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ TaskSpec = str | Path | Mapping[str, Any]
 
 #: The seed that `lm_eval.simple_evaluate` gives to few-shot sampling.
 FEWSHOT_SEED = 1234
+
+_TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
+_SPLITS = {"test_docs": "test_split", "validation_docs": "validation_split"}  # lm-eval's method -> the task's key
 
 #: The name under which all tasks together are reported; no task may have it.
 POOLED = "pooled"
@@ -212,7 +216,23 @@ def _build(manager: TaskManager, entry: str | dict[str, Any]) -> dict[str, Task]
     except Exception as error:
         way_out = f" {sources.WAY_OUT}" if isinstance(error, ConnectionError) else ""
         cause = f" (from {type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        raise TaskError(f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}{cause}.{way_out}") from error
+        raise TaskError(
+            f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}{cause}.{_hint(error)}{way_out}"
+        ) from error
+
+
+def _hint(error: Exception) -> str:
+    """Which template or split of the task an error comes from, and what there is instead; "" for other errors."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        inside, key = frame.f_locals, frame.f_code.co_name
+        if key in _TEMPLATES and isinstance(inside.get("doc"), Mapping):
+            given = getattr(getattr(inside.get("self"), "config", None), key, None)
+            fields = ", ".join(map(str, inside["doc"]))
+            return f" Correct its `{key}` ({given!r}): the items have the fields {fields}."
+        if key in _SPLITS and isinstance(getattr(inside.get("self"), "dataset", None), Mapping):
+            splits = ", ".join(map(str, inside["self"].dataset))
+            return f" Correct its `{_SPLITS[key]}`: the data set has the splits {splits}."
+    return ""
 
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
@@ -221,6 +241,7 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
         raise TaskError(
             f"Task {config.get('task')!r} has output_type {kind!r}; forgetting is measured on multiple_choice tasks "
             f"only, where base and model can be compared item by item on the log-likelihoods of the choices."
+            + ("" if "output_type" in config else " It says none: add `output_type: multiple_choice` if it is one.")
         )
 
 
@@ -263,15 +284,16 @@ def _check_documents(loaded: LoadedTask, docs: list[dict[str, Any]]) -> None:
         try:
             loaded.task.doc_to_text(doc)
             choices = loaded.task.doc_to_choice(doc)
-            gold = loaded.gold(doc, loaded.task.doc_to_target(doc))
+            target = loaded.task.doc_to_target(doc)
+            gold = loaded.gold(doc, target)
             if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
                 problem = f"its choices are no list of texts: {choices!r}"
             elif len(choices) < 2:
                 problem = f"it has {len(choices)} choice(s); two are the least"
             else:
-                problem = "" if gold else "its label names none of its choices"
+                problem = "" if gold else f"its label names none of its choices: `doc_to_target` gives {target!r}"
         except Exception as error:  # templates and the task's own functions fail in their own ways
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}.{_hint(error)}"
         if problem:
             raise TaskError(
                 f"Task {loaded.name!r}, item {number} of {len(docs)}: {problem}. The item: {str(doc)[:200]}"

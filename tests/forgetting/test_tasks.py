@@ -88,7 +88,9 @@ def test_shipped_names_are_found_without_the_full_index() -> None:
             "broken.jsonl, line 2 is no JSON",
         ),
         ('{"context": "a", "choices": ["b", "c"], "gold": 0}\n[1, 2]\n', "line 2 is a JSON list, not an object"),
-        ("[]", "'inline'"),
+        ("[]", "broken.jsonl holds no item"),
+        ("{}", "broken.jsonl holds no item"),
+        ("3", "broken.jsonl is a JSON int"),
         ('{"context": "a", "gold": 0}\n', "'inline'"),
         (
             '{"context": "a", "choices": ["b", "c"], "gold": 0}\n{"context": "a", "choices": ["b", "c"], "gold": 7}\n',
@@ -112,11 +114,38 @@ def test_broken_file_is_named(tmp_path: Path, lines: str, message: str) -> None:
         ([], "`tasks` is empty"),
         (inline(Path("gone.jsonl")), "its file 'gone.jsonl' does not exist"),
         ({"task": "x", "output_type": "generate_until", "dataset_path": "json"}, "output_type 'generate_until'"),
+        ({"task": "x", "dataset_path": "json"}, "says none: add `output_type: multiple_choice`"),
+        (inline(Path("x"), dataset_kwargs={}), "'inline' has `dataset_path: json` and names no file.*data_files"),
     ],
 )
 def test_bad_spec_is_refused(spec: Any, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         load_tasks(spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_split": "train2"}, "Correct its `test_split`: the data set has the splits test"),
+        (
+            {"doc_to_text": "{{nope}}"},
+            "`doc_to_text` \\('{{nope}}'\\): the items have the fields context, choices, gold",
+        ),
+        (
+            {"doc_to_text": "{{context"},
+            "`doc_to_text` \\('{{context'\\): the items have the fields context, choices, gold",
+        ),
+        ({"doc_to_choice": "nope"}, "`doc_to_choice` \\('nope'\\): the items have the fields context, choices, gold"),
+        ({"doc_to_choice": None}, "`doc_to_choice` \\(None\\): the items have the fields context, choices, gold"),
+        ({"doc_to_target": "{{x}}"}, "`doc_to_target` \\('{{x}}'\\): the items have the fields context, choices, gold"),
+        ({"doc_to_target": "label"}, "its label names none of its choices: `doc_to_target` gives 'label'"),
+    ],
+)
+def test_wrong_template_or_split_is_named_with_what_there_is(
+    task_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_tasks(inline(task_folder / "beta.jsonl", **changes))
 
 
 def test_bad_yaml_is_refused(tmp_path: Path, task_folder: Path) -> None:
