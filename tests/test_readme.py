@@ -242,6 +242,22 @@ def test_broken_shell_block_fails(line: str) -> None:
         check_command(shlex.split(line))
 
 
+# Printed output
+
+
+def test_shown_table_is_what_the_demo_prints() -> None:
+    """The labels of the README's table are those that the demo writes; a changed table must be shown anew."""
+    demo = (ROOT / "examples/demo/summary.py").read_text()
+    (shown,) = (b.text for b in BLOCKS if b.page == "README.md" and b.kind == "text")
+    lines = [line for line in shown.splitlines() if line and set(line) != {"-"}]
+    labels = [re.split(r"\s{2,}|:| in ", line.strip())[0] for line in lines if not line.startswith(" ")]
+    from small_base.data import TASK_NAMES
+
+    missing = [label for label in labels if label not in demo and label not in TASK_NAMES]
+    assert len(labels) > 10
+    assert not missing, missing
+
+
 # Links
 
 
