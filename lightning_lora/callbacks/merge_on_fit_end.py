@@ -21,10 +21,11 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapt
 from lightning_lora.config import DTypeName
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
+from lightning_lora.io.checkpoint import load_state
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merged_folder import check_target, write_merged
 from lightning_lora.io.names import adapter_root
-from lightning_lora.model.apply import adapter_state_dict, is_adapted, load_adapter_state
+from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
 from lightning_lora.model.inner import is_hf_model
 from lightning_lora.nn.adapter import AdapterModule
 
@@ -237,15 +238,18 @@ def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
     if not path:
         raise MergeError('`weights="best"`: no checkpoint was written in this fit; use weights="last"')
     own = {name: tensor.clone() for name, tensor in adapter_state_dict(pl_module).items()}
+    strengths = [(module, module.strength) for _, module in adapter_modules(pl_module)]
     try:
         if os.path.isdir(adapter_path(path)):
             load_adapter(pl_module, adapter_path(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            load_adapter_state(pl_module, state, strict=False)  # another strategy's file holds the base too
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            load_state(pl_module, checkpoint, strict=False)  # another strategy's file holds the base too
         yield path
     finally:
         load_adapter_state(pl_module, own)
+        for module, strength in strengths:
+            module.strength = strength
 
 
 def _find_tokenizer(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:

@@ -130,15 +130,17 @@ def save_adapter(
         dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null (fp32 in the portable layout).
 
     Raises:
-        ConfigError: Another layout.
+        ConfigError: Another layout or dtype, or adapters at a strength of zero or below.
         CheckpointError: The folder holds something that is not of an adapter folder, or is a file.
         UnsupportedError: A choice of modules that PEFT's format cannot express, or something that has no
-            portable form.
+            portable form, or tensors that are sharded or on the meta device.
         AdapterMismatchError: The model has no adapters.
         MergeError: What was read back differs from the live model.
     """
     if layout not in ("peft", "portable"):
         raise ConfigError(f'`layout` must be "peft" or "portable", got {layout!r}')
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise ConfigError(f'`dtype` must be "fp32", "bf16", "fp16" or null, got {dtype!r}')
     path = Path(dir).expanduser()
     check_target(path)
     model = unwrap(model)
@@ -162,7 +164,9 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     """Load an adapter folder, PEFT's or ours, into `model`, in place.
 
     A plain model is converted first as the folder's configuration says (a folder of ours may name a
-    quantization); a converted one must have the same adapters. Nothing is changed unless all fits.
+    quantization); a converted one must have the same adapters. Nothing is changed unless all fits. The model then
+    computes what the one that was saved did: a strength that the folder was saved with is part of its scale, and in
+    a converted model is set again; modules trained in full hold the mixture that was in use, at strength 1.
 
     Args:
         model: A transformers model, any module, or a LightningModule around one.
@@ -178,15 +182,19 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     folder = AdapterFolder.open(dir)
     folder.check_base(model)
     if is_adapted(model):
-        _check_scales(model, folder)
         compare_shapes(_expected(model), folder.shapes(), folder.path)
+        strengths = _strengths(model, folder)
+        _notice_packing(model, folder)
     else:
         apply_lora(model, config_for(model, folder))
+        strengths = {}
     state = {}
     tensors = folder.tensors()
     for key, raw, _ in _entries(model):
         state[clean_name(raw)] = tensors[key]
     load_adapter_state(model, state)
+    for name, module in named_adapters(model):
+        module.strength = strengths.get(name, 1.0)
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:
@@ -273,7 +281,7 @@ def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, A
         "names": "inner" if inner else "module",
         "config": record.config.to_dict() if record else None,
         "fingerprint": record.fingerprint if record else None,
-        "strength": next((m.strength for _, m in adapter_modules(model)), 1.0),
+        "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),
     }
 
 
@@ -300,14 +308,30 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     return worst
 
 
-def _check_scales(model: nn.Module, folder: AdapterFolder) -> None:
-    """Refuse a folder whose scale differs from the live adapters', and say when the packing does."""
+def _strengths(model: nn.Module, folder: AdapterFolder) -> dict[str, float]:
+    """By name, the strength at which a converted model's adapters have the folder's scale: 1, or the recorded one.
+
+    Raises:
+        AdapterMismatchError: Neither gives that scale.
+    """
+    recorded = folder.record.get("strength")
+    choices = [1.0, *([float(recorded)] if isinstance(recorded, int | float) else [])]
+    found = {}
     for name, module in named_adapters(model):
-        if isinstance(module, LoRALinear) and abs(folder.scale(name) - module.scaling) > 1e-9 * module.scaling:
-            raise AdapterMismatchError(
-                f"{folder.path}: {name!r} is scaled by {folder.scale(name):.6g} there and by "
-                f"{module.scaling:.6g} in the model: convert it with the same `r`, `lora_alpha` and `use_rslora`"
-            )
+        if isinstance(module, LoRALinear):
+            scale = folder.scale(name)
+            fitting = [c for c in choices if abs(scale - module.scaling * c) <= 1e-9 * abs(scale)]
+            if not fitting:
+                raise AdapterMismatchError(
+                    f"{folder.path}: {name!r} is scaled by {scale:.6g} there and by {module.scaling:.6g} in the "
+                    "model: convert it with the same `r`, `lora_alpha` and `use_rslora`"
+                )
+            found[name] = fitting[0]
+    return found
+
+
+def _notice_packing(model: nn.Module, folder: AdapterFolder) -> None:
+    """Say when the folder was trained over a base that was packed in another way."""
     record = adapter_record(model)
     trained = (folder.record.get("config") or {}).get("quantize")
     if record is not None and trained is not None and trained != record.config.quantize:

@@ -31,8 +31,8 @@ from lightning_lora.errors import (
     AlreadyAdaptedError,
     BaseMismatchError,
     CheckpointError,
-    Notice,
 )
+from lightning_lora.io.folder import compare_fingerprints
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
@@ -136,7 +136,7 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
             f"the checkpoint was made with another LoRA configuration ({'; '.join(told)}): give `LoRA` "
             "the checkpoint's values, or start anew from its weights with `init_from`"
         )
-    compare_fingerprints(entry.get("fingerprint"), own["fingerprint"])
+    _compare_bases(entry.get("fingerprint"), own["fingerprint"])
 
 
 def _difference(stored: list[str], own: list[str]) -> str:
@@ -151,28 +151,10 @@ def _difference(stored: list[str], own: list[str]) -> str:
     return " and ".join(parts) or "the same layers in another order"
 
 
-def compare_fingerprints(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
-    """See that two fingerprints are of the same base; a missing one is a notice.
-
-    Raises:
-        BaseMismatchError: They differ.
-    """
-    same = same_base(expected, found)
-    if same is None:
-        warnings.warn(
-            "the base model could not be compared with the one that the adapters were trained on: its fingerprint "
-            "is unknown (built on the meta device), of another version or of other modules, or one of the two was "
-            "loaded already packed",
-            Notice,
-            stacklevel=3,
-        )
-    elif expected and found and not same:
-        raise BaseMismatchError(
-            f"the adapters were trained on another base: expected fingerprint {expected['digest'][:16]} over "
-            f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "
-            "same pretrained weights, in the same dtype, before the adapters"
-        )
-    elif expected and found and expected.get("outside") != found.get("outside"):
+def _compare_bases(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
+    """`compare_fingerprints`, and of what lies beside the transformers model: it is in no checkpoint."""
+    compare_fingerprints(expected, found)
+    if expected and found and same_base(expected, found) and expected.get("outside") != found.get("outside"):
         raise BaseMismatchError(
             "what lies beside the transformers model is not what the adapters were trained with: its frozen layers are "
             "in no checkpoint. Name those that begin at random in `modules_to_save`, or seed them alike"

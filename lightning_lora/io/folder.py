@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_lora.config import scaling
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, Notice
 from lightning_lora.io.atomic import recover
 from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
@@ -86,30 +87,56 @@ class AdapterFolder:
         return scaling(self.spec.rank(name), self.spec.alpha(name), bool(self.config.get("use_rslora")))
 
     def check_base(self, model: nn.Module) -> None:
-        """Compare the fingerprint of `model`'s base with the one that the folder names.
+        """Compare the fingerprint of `model`'s base with that in the folder's record; PEFT's folders have none.
 
         Raises:
             BaseMismatchError: They differ.
         """
+        if not self.record:
+            return
         expected = self.record.get("fingerprint")
         record = adapter_record(model)
         prefix, _ = inner_model(model)
         left_out = [f"{prefix}.{name}" if prefix else name for name in (expected or {}).get("without", [])]
         actual = record.fingerprint if record else fingerprint(model, left_out)
-        if expected and actual and same_base(expected, actual) is False:
-            name = self.config.get("base_model_name_or_path") or "of unknown name"
-            wanted, got = (str(value.get("digest"))[:12] for value in (expected, actual))
-            raise BaseMismatchError(
-                f"the adapter in {self.path} was trained on the base {name!r} with fingerprint {wanted}..., "
-                f"this model's is {got}...: "
-                "load the base it was trained on, in the same dtype"
-            )
+        name = self.config.get("base_model_name_or_path")
+        compare_fingerprints(expected, actual, f"the adapters in {self.path}" + (f" (base {name!r})" if name else ""))
 
     def _open(self) -> Any:
         try:
             return safe_open(self.path / WEIGHTS, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / WEIGHTS} is no whole safetensors file: {error}") from error
+
+
+def compare_fingerprints(
+    expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str = "the adapters"
+) -> None:
+    """See that two fingerprints are of the same base; one that cannot be compared is a notice.
+
+    Args:
+        expected: Of the base that the adapters were trained on.
+        found: Of this base.
+        what: How the text calls the adapters.
+
+    Raises:
+        BaseMismatchError: They differ.
+    """
+    same = same_base(expected, found)
+    if same is None:
+        warnings.warn(
+            f"the base model could not be compared with the one that {what} were trained on: its fingerprint is "
+            "unknown (built on the meta device), of another version or of other modules, or one of the two was "
+            "loaded already packed",
+            Notice,
+            stacklevel=3,
+        )
+    elif expected and found and not same:
+        raise BaseMismatchError(
+            f"{what} were trained on another base: expected fingerprint {expected['digest'][:16]} over "
+            f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "
+            "same pretrained weights, in the same dtype, before the adapters"
+        )
 
 
 def check_target(dir: str | os.PathLike[str]) -> None:
@@ -148,6 +175,14 @@ def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str,
         raise AdapterMismatchError(f"{path} does not fit the model:{text}. Is it the base it was trained on?")
     for key, shape in expected.items():
         if actual[key] != shape:
+            rank = {".lora_A.weight": 0, ".lora_B.weight": 1}.get(key[key.rfind(".lora_") :])
+            others = [[n for i, n in enumerate(s) if i != rank] for s in (actual[key], shape)]
+            if rank is not None and len(actual[key]) == 2 and others[0] == others[1]:
+                name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
+                raise AdapterMismatchError(
+                    f"{path}: {name!r} has rank {actual[key][rank]} there and {shape[rank]} in the model: convert it "
+                    "with the same `r` and `rank_pattern`"
+                )
             raise AdapterMismatchError(
                 f"{path}: {key!r} has shape {actual[key]}, the model needs {shape}: another rank or base"
             )

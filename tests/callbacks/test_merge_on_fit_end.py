@@ -21,7 +21,7 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_state_dict
+from lightning_lora.model.apply import adapter_modules, adapter_state_dict, set_adapter_scale
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
 IDS = Tokens(4).data
@@ -110,6 +110,27 @@ def test_best_is_loaded_for_the_merge_and_put_back(kind: str, tmp_path: Path) ->
     written = json.loads((tmp_path / "m" / "merge_report.json").read_text())
     assert written["checkpoint"] == checkpoint.best_model_path
     trainer.test(model, loader(8), ckpt_path="best", verbose=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert error(logits(loaded), logits(model)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adapter folders", "Lightning's checkpoints"])
+def test_best_at_a_strength_is_merged_at_it_and_put_back(kind: str, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Halves(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            set_adapter_scale(pl_module, 0.5)
+
+    made = AdapterCheckpoint if kind == "adapter folders" else ModelCheckpoint
+    checkpoint = made(tmp_path / "a", monitor="score", every_n_train_steps=1)
+    model = Rises(tiny_llama())
+    callbacks = [LoRA(r=4, modules_to_save=["lm_head"]), checkpoint, MergeOnFitEnd(tmp_path / "m", weights="best")]
+    trainer = make_trainer(tmp_path, [*callbacks, Halves()], max_steps=4)
+    trainer.fit(model, loader())
+    assert {m.strength for _, m in adapter_modules(model)} == {0.5}
+    trainer.test(model, loader(8), ckpt_path=checkpoint.best_model_path, verbose=False)
+    assert {m.strength for _, m in adapter_modules(model)} == {0.5}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert error(logits(loaded), logits(model)) < 1e-4
 

@@ -25,7 +25,13 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.io.adapter import load_adapter, peft_config, save_adapter
-from lightning_lora.model.apply import adapter_record, adapter_state_dict, apply_lora, set_adapter_scale
+from lightning_lora.model.apply import (
+    adapter_modules,
+    adapter_record,
+    adapter_state_dict,
+    apply_lora,
+    set_adapter_scale,
+)
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 61
@@ -148,6 +154,31 @@ def test_a_strength_is_part_of_the_written_scale(tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "a")
 
 
+@pytest.mark.parametrize("layout", ["peft", "portable"])
+def test_a_folder_saved_at_a_strength_is_loaded_into_the_model_that_wrote_it(layout: str, tmp_path: Path) -> None:
+    model = adapted(use_rslora=layout == "peft", modules_to_save=["lm_head"] if layout == "peft" else None)
+    set_adapter_scale(model, 0.5)
+    live = logits(model)
+    if layout == "portable":  # of rank 8 and scale 1: for a plain model
+        save_adapter(model, tmp_path / "a", layout=layout)
+        with pytest.raises(AdapterMismatchError, match="has rank 8 there and 4 in the model"):
+            load_adapter(model, tmp_path / "a")
+        return
+    for _ in range(2):
+        save_adapter(model, tmp_path / "a")
+        load_adapter(model, tmp_path / "a")
+        assert torch.allclose(logits(model), live, atol=1e-6)
+    other = tiny_llama()
+    for _ in range(2):  # plain, then converted by the first load
+        load_adapter(other, tmp_path / "a")
+        assert torch.allclose(logits(other), live, atol=1e-5)
+    set_adapter_scale(model, 1.0)
+    save_adapter(model, tmp_path / "b")
+    set_adapter_scale(model, 0.5)
+    load_adapter(model, tmp_path / "b")
+    assert {m.strength for _, m in adapter_modules(model)} == {1.0}
+
+
 def test_weights_that_became_nan_are_written_as_they_are(tmp_path: Path) -> None:
     model = adapted()
     next(iter(adapter_state_dict(model).values())).fill_(float("nan"))
@@ -210,6 +241,11 @@ def test_another_layout_is_refused_by_name(tmp_path: Path) -> None:
         save_adapter(adapted(), tmp_path / "a", layout="gguf")
 
 
+def test_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='`dtype` must be "fp32", "bf16", "fp16" or null, got \'int4\''):
+        save_adapter(adapted(), tmp_path / "a", dtype="int4")
+
+
 def test_a_model_without_adapters_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatchError, match="no adapters to write"):
         save_adapter(tiny_llama(), tmp_path / "a")
@@ -218,8 +254,23 @@ def test_a_model_without_adapters_is_an_error(tmp_path: Path) -> None:
 def test_another_base_is_refused(tmp_path: Path) -> None:
     save_adapter(adapted(), tmp_path / "a")
     for other in (tiny_llama(seed=1), adapted(tiny_llama(seed=1))):
-        with pytest.raises(BaseMismatchError, match="was trained on the base .* with fingerprint"):
+        with pytest.raises(
+            BaseMismatchError, match="the adapters in .*a were trained on another base: expected fingerprint"
+        ):
             load_adapter(other, tmp_path / "a")
+
+
+def test_a_base_that_cannot_be_compared_is_said_unless_the_folder_is_pefts(tmp_path: Path) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path / "a")
+    edit(tmp_path / "a", RECORD, fingerprint=None)
+    for other in (tiny_llama(), model):
+        with pytest.warns(Notice, match="could not be compared with the one that the adapters in .*a were trained"):
+            load_adapter(other, tmp_path / "a")
+    (tmp_path / "a" / RECORD).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, tmp_path / "a")
 
 
 def test_another_packing_is_said(tmp_path: Path) -> None:
@@ -261,6 +312,12 @@ def test_another_scale_is_refused(tmp_path: Path) -> None:
     save_adapter(adapted(lora_alpha=8), tmp_path / "a")
     with pytest.raises(AdapterMismatchError, match="is scaled by 2 there and by 4 in the model"):
         load_adapter(adapted(lora_alpha=16), tmp_path / "a")
+
+
+def test_another_rank_is_said_as_such(tmp_path: Path) -> None:
+    save_adapter(adapted(r=2), tmp_path / "a")
+    with pytest.raises(AdapterMismatchError, match="q_proj' has rank 2 there and 4 in the model: convert it with the"):
+        load_adapter(adapted(r=4), tmp_path / "a")
 
 
 def test_another_choice_of_modules_is_refused(tmp_path: Path) -> None:
