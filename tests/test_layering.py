@@ -39,6 +39,10 @@ ORDER: dict[str, tuple[str, ...]] = {
         "progress",
         "merge",
         "merged_folder",
+        "tensor_files",
+        "tied",
+        "merge_plan",
+        "merge_disk",
     ),
     "forgetting": (
         *("statistics", "ranks", "bank", "sources", "catalogue", "tasks"),

@@ -110,8 +110,12 @@ def write_merged(
     return report
 
 
-def check_target(dir: str | os.PathLike[str]) -> None:
+def check_target(dir: str | os.PathLike[str], argument: str = "dirpath") -> None:
     """See that a merged model may be written to `dir`: nothing is there, or an earlier one of ours.
+
+    Args:
+        dir: The folder.
+        argument: What the user calls it.
 
     Raises:
         MergeError: It holds something else, or cannot be written.
@@ -124,14 +128,14 @@ def check_target(dir: str | os.PathLike[str]) -> None:
             ours = False
         if not ours:
             raise MergeError(
-                f"`dirpath` {str(path)!r} is not empty and holds no earlier merged model: it is not overwritten. "
+                f"`{argument}` {str(path)!r} is not empty and holds no earlier merged model: it is not overwritten. "
                 "Choose another folder, or empty this one"
             )
     elif path.exists() and not path.is_dir():
-        raise MergeError(f"`dirpath` {str(path)!r} is a file: choose another path")
+        raise MergeError(f"`{argument}` {str(path)!r} is a file: choose another path")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
-        raise MergeError(f"`dirpath` {str(path)!r} cannot be made: {str(parent)!r} is not writable")
+        raise MergeError(f"`{argument}` {str(path)!r} cannot be made: {str(parent)!r} is not writable")
 
 
 def _write_transformers(root: nn.Module, part: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

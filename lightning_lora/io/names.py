@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -44,6 +45,17 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     prefix, _ = adapter_root(model)
     for raw, module in adapter_modules(model):
         yield clean(inside(raw, prefix)), module
+
+
+def packed_layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Which linears are packed, how and from which dtype: what a merge into the base's files must do again."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in plain_modules(adapter_root(model)[1]).items():
+        layer = getattr(module, "base_layer", module)
+        if isinstance(layer, PackedLinear):
+            dtype = str(layer.packed.source_dtype).removeprefix("torch.")
+            groups.setdefault((layer.packed.quant_type, dtype), []).append(name)
+    return [{"quant_type": kind, "dtype": dtype, "names": names} for (kind, dtype), names in groups.items()]
 
 
 def task_type(root: nn.Module, saved: list[str]) -> str | None:

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`merge_to_disk`: fold an adapter folder into a model folder, tensor by tensor; no model is built or loaded.
+
+    W' = round( W + s B A )           base="original"
+    W' = round( W4 + s B A )          base="dequantized":  W4 = dequantize(pack(W)), as training packed it
+
+Sums are fp32 and rounded once. A run over a packed base trained ``W4 + dW``; what the original base adds to that is
+``q = W - W4``, reported against ``dW``. A tied head or embedding that was trained is written apart and untied.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
+from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, package_version
+from lightning_lora.io.merge import MergeReport
+from lightning_lora.io.merge_plan import MergePlan
+from lightning_lora.io.merged_folder import REPORT, check_target
+from lightning_lora.io.tensor_files import Entry, TensorFolder, parse_size, write_shards
+from lightning_lora.io.tied import changed_config, config_of
+from lightning_lora.nn.adapter import torch_dtype
+from lightning_lora.nn.quantized import PackedWeight
+
+_LOG = logging.getLogger(__name__)
+_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # tokenizer, processor, generation, own code
+_OWN = ("config.json", REPORT, CONFIG, RECORD)  # written anew, or of another folder
+_ROWS = 2**18  # elements that are measured at a time
+
+
+@dataclass
+class DiskMergeReport(MergeReport):
+    """What `merge_to_disk` wrote.
+
+    Args:
+        base: "dequantized" or "original".
+        trained: By layer, ``||W' - (W_t + dW)|| / ||W_t + dW||`` with W_t the weight that training computed with.
+        q_over_dw: By layer of a packed base, ``||q|| / ||dW||``.
+        files: The files with tensors.
+        nbytes: Size of the tensors [bytes].
+        untied: Whether tied embeddings were written apart.
+    """
+
+    base: str = "original"
+    trained: dict[str, float] = field(default_factory=dict)
+    q_over_dw: dict[str, float] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    untied: bool = False
+
+    def __str__(self) -> str:
+        """One line for people."""
+        text = f"{super().__str__()}; base {self.base}, {self.nbytes / 1e9:.3g} GB in {len(self.files)} files"
+        if self.q_over_dw:
+            low, high = min(self.q_over_dw.values()), max(self.q_over_dw.values())
+            worst = max(self.trained.values())
+            text += f"; |q|/|dW| {low:.2g} to {high:.2g}, {worst:.2e} from what was trained at worst"
+        return text + ("; embeddings untied" if self.untied else "")
+
+
+@torch.no_grad()
+def merge_to_disk(
+    base_dir: str | os.PathLike[str],
+    adapter_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    base: str = "dequantized",
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+) -> DiskMergeReport:
+    """Merge an adapter folder into a folder of safetensors, without loading the model.
+
+    Tensors are read, merged and written one at a time. Config, tokenizer and generation files are copied. The
+    folder appears as a whole when all is written; a merge that was cut off leaves none and can be run again.
+
+    Args:
+        base_dir: The base model, as ``save_pretrained`` writes it: one file, or shards with their index.
+        adapter_dir: The adapter folder, PEFT's or ours.
+        out_dir: The folder to write; an earlier merged one of ours is replaced.
+        base: "dequantized" packs and unpacks what training packed, so that the result is what was trained;
+            "original" adds the update to the base as it is. The same where training packed nothing.
+        dtype: "auto" (each tensor's own), "fp32", "bf16" or "fp16".
+        max_shard_size: Bytes of a file, or a text such as "5GB".
+
+    Returns:
+        Errors by layer, also written as ``merge_report.json``.
+
+    Raises:
+        ConfigError: An argument has no such value.
+        CheckpointError: A folder is missing, incomplete or broken.
+        MergeError: The adapter does not fit the base, or `out_dir` holds something else.
+        UnsupportedError: A quantized base folder, or embeddings that cannot be untied.
+    """
+    if base not in ("dequantized", "original"):
+        raise ConfigError(f'`base` must be "dequantized" or "original", got {base!r}')
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"`dtype` must be auto, fp32, bf16 or fp16, got {dtype!r}")
+    limit, base_path, out = parse_size(max_shard_size), Path(base_dir), Path(out_dir)
+    if out.resolve() in (base_path.resolve(), Path(adapter_dir).resolve()):
+        raise ConfigError(f"`out_dir` {str(out)!r} is where the base or the adapter stands: choose another folder")
+    check_target(out, "out_dir")
+    adapter, report = AdapterFolder.open(adapter_dir), DiskMergeReport(base=base)
+    with TensorFolder(base_path) as source, atomic_folder(out) as part:
+        config = config_of(base_path)
+        if config and adapter.record.get("names") == "module":
+            raise UnsupportedError(
+                f"the adapter in {adapter.path} lies partly outside the transformers model, which a model folder has "
+                "no place for: merge in memory with `merge_adapters`"
+            )
+        merge = _Merge(source, adapter, config, None if dtype == "auto" else torch_dtype(dtype), report)
+        report.files = write_shards(part, merge.entries, merge.tensor, limit, _say)
+        report.nbytes = sum(entry.nbytes for entry in merge.entries.values())
+        dtypes = Counter(e.dtype for e in merge.entries.values() if e.dtype.is_floating_point)
+        report.dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+        _check_written(part, merge.entries)
+        _copy_others(base_path, part)
+        if config:
+            written = changed_config(config, report.untied, report.dtype if dtype != "auto" else None)
+            (part / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        entry = {"lightning_lora": package_version(), **report.to_dict()}
+        (part / REPORT).write_text(json.dumps(entry, indent=2) + "\n")
+    return report
+
+
+class _Merge:
+    """Every tensor of the merged model: what it will be, and its values when they are asked for."""
+
+    def __init__(
+        self,
+        base: TensorFolder,
+        adapter: AdapterFolder,
+        config: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        report: DiskMergeReport,
+    ) -> None:
+        self.base, self.adapter, self.dtype, self.report = base, adapter, dtype, report
+        self.factors = adapter.tensors()
+        self.transposed = set(adapter.record.get("transposed") or ())
+        plan = MergePlan(base, adapter, self.factors, config)
+        self.changes, report.untied = plan.changes, plan.untied
+        keys = dict.fromkeys([*base.entries, *self.changes])
+        self.entries = {key: self._entry(key) for key in keys}
+
+    def tensor(self, key: str) -> Tensor:
+        """The values of one tensor."""
+        change, wanted = self.changes.get(key), self.entries[key].dtype
+        if change is None:
+            return self.base.tensor(key).to(wanted)
+        if change.saved is not None:
+            return self.factors[change.saved].to(wanted)
+        weight = self.base.tensor(change.source or key)
+        trained = _repack(weight, change.packed) if change.packed else None
+        start = weight if trained is None or self.report.base == "original" else trained
+        if change.lora is None:
+            return start.to(wanted)
+        return self._merged(change.lora, weight, trained, start, wanted)
+
+    def _merged(self, name: str, weight: Tensor, trained: Tensor | None, start: Tensor, wanted: torch.dtype) -> Tensor:
+        """Sum, rounding and measures of one adapted weight; the sum takes the place of the update."""
+        wide = torch.promote_types(wanted, torch.float32)
+        A, B = (self.factors[f"{PREFIX}{name}.lora_{x}.weight"].to(wide) for x in "AB")
+        delta = (B @ A).mul_(self.adapter.scale(name))
+        if self._is_transposed(name, weight):
+            delta = delta.t()
+        update = float(delta.norm())
+        if trained is not None and update > 0:
+            q = sum(_square(w.float() - t) for w, t in _rows(weight, trained)) ** 0.5
+            self.report.q_over_dw[name] = q / update
+        for total, part in _rows(delta, start):
+            total.add_(part.to(total.dtype))
+        merged = delta.to(wanted).contiguous()
+        difference, size = _distance(merged, delta), float(delta.norm())
+        if not math.isfinite(difference):
+            raise MergeError(f"{name!r}: merged values are not finite in {wanted}: did the run diverge?")
+        self.report.layers[name] = difference / size if size > 0 else difference
+        self.report.lost[name] = difference / update if update > 0 else 0.0
+        self.report.trained[name] = self.report.layers[name]
+        if trained is not None and start is weight:
+            exact = delta.sub(weight).add_(trained)
+            self.report.trained[name] = _distance(merged, exact) / float(exact.norm().clamp(min=1e-30))
+        return merged
+
+    def _entry(self, key: str) -> Entry:
+        change = self.changes.get(key)
+        source = change.source if change is not None else key
+        if source is None:
+            tensor = self.factors[change.saved]  # type: ignore[union-attr, index]
+            like = Entry(tensor.dtype, tuple(tensor.shape))
+        else:
+            like = self.base.entries[source]
+        floating = like.dtype.is_floating_point
+        return Entry(self.dtype, like.shape) if self.dtype is not None and floating else like
+
+    def _is_transposed(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight is stored ``(in, out)``: by its shape, and by the configuration where it is square."""
+        out = self.factors[f"{PREFIX}{name}.lora_B.weight"].shape[0]
+        if weight.shape[0] != weight.shape[1]:
+            return weight.shape[0] != out
+        if "transposed" in self.adapter.record:
+            return name in self.transposed
+        return bool(self.adapter.config.get("fan_in_fan_out"))
+
+
+def _repack(weight: Tensor, how: tuple[str, torch.dtype]) -> Tensor:
+    """The fp32 values that training computed with: packed from the dtype that the model was loaded in."""
+    return PackedWeight(weight.to(how[1]), how[0]).dequantize(torch.float32)
+
+
+def _rows(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both matrices in pieces of some rows, so that measuring needs little memory."""
+    count = max(1, _ROWS // max(1, first.shape[-1]))
+    return list(zip(first.split(count), second.split(count), strict=True))
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    return sum(_square(a.to(b.dtype) - b) for a, b in _rows(first, second)) ** 0.5
+
+
+def _square(difference: Tensor) -> float:
+    return float(difference.double().square().sum())
+
+
+def _check_written(part: Path, entries: Mapping[str, Entry]) -> None:
+    """Open what was written and compare its headers with what it must be."""
+    with TensorFolder(part) as written:
+        if written.entries != dict(entries):
+            raise MergeError(f"what was read back from {part} is not what was written: is the disk full or broken?")
+
+
+def _copy_others(base: Path, part: Path) -> None:
+    """Tokenizer, processor, generation settings, own code and licence of the base."""
+    for path in sorted(base.iterdir()):
+        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
+        other = path.name in _OWN or path.name.endswith(".index.json")
+        if path.is_file() and (path.suffix in _COPIED or licence) and not other:
+            shutil.copyfile(path, part / path.name)
+
+
+def _say(name: str, number: int, count: int) -> None:
+    _LOG.info("merged %s (%d of %d)", name, number, count)
