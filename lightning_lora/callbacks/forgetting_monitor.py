@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -61,7 +61,7 @@ class ForgettingMonitor(Callback):
             ``(module, input_ids) -> logits``.
         every_n_steps: Look whenever so many optimizer steps have been taken; None for never.
         every_n_epochs: Look at the end of every so many epochs; None for never.
-        at_steps: Further optimizer steps at which to look.
+        at_steps: Further optimizer steps at which to look, from 1.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
         items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each.
@@ -75,7 +75,7 @@ class ForgettingMonitor(Callback):
         seed: Shuffles the bank of items.
 
     Raises:
-        ConfigError: For a value out of range.
+        ConfigError: For a value out of range or of another type, and when no look would ever be made.
         UnsupportedError: For an ``on_forgetting`` that this version does not build.
         TaskError: At fit start, for a task that cannot be loaded.
     """
@@ -96,26 +96,21 @@ class ForgettingMonitor(Callback):
         include_path: str | list[str] | None = None,
         tolerance: float = 0.005,
         alpha: float = 0.05,
-        on_forgetting: str = "warn",
+        on_forgetting: Literal["warn", "stop"] = "warn",
         seed: int = 0,
     ) -> None:
         super().__init__()
         _check_action(on_forgetting)
         check_levels(tolerance, alpha)
-        _check_counts(
-            every_n_steps=every_n_steps,
-            every_n_epochs=every_n_epochs,
-            items_per_eval=items_per_eval,
-            batch_tokens=batch_tokens,
-        )
-        self.tasks = [tasks] if isinstance(tasks, str | dict | Path) else list(tasks)
-        if not self.tasks:
-            raise ConfigError("`tasks` is empty: give at least one task name, YAML path or dict.")
+        _check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
+        _check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
+        _check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
+        self.tasks = _as_tasks(tasks)
         self.tokenizer = tokenizer
         self.forward = forward
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
-        self.at_steps = tuple(at_steps)
+        self.at_steps = _as_steps(at_steps)
         self.look_at_start = on_fit_start
         self.verdict_at_end = on_fit_end
         self.items_per_eval = items_per_eval
@@ -126,6 +121,11 @@ class ForgettingMonitor(Callback):
         self.alpha = alpha
         self.on_forgetting = on_forgetting
         self.seed = seed
+        if not (every_n_steps or every_n_epochs or self.at_steps or on_fit_start or on_fit_end):
+            raise ConfigError(
+                "ForgettingMonitor would never look. Set `every_n_steps`, `every_n_epochs`, `at_steps`, `on_fit_start` "
+                "or `on_fit_end`."
+            )
         self._loaded: dict[str, LoadedTask] | None = None
         self._monitor: Monitor | None = None
         self._scorer: Scorer | None = None
@@ -173,6 +173,7 @@ class ForgettingMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_up(trainer.global_step)
+        self._warn_of_late_steps(trainer)
         if self.look_at_start and not self._monitor_or_fail().history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
             self._unlogged = self._look(trainer).metrics()
@@ -226,20 +227,17 @@ class ForgettingMonitor(Callback):
 
     def looks_left(self, trainer: Trainer) -> int | None:
         """Looks and the verdict after the present step, or None when the length of the run is not known."""
-        try:
-            end = trainer.estimated_stepping_batches
-        except MisconfigurationException:  # accumulation that changes with the epoch
-            end = trainer.max_steps
-        if not 0 < end < math.inf:
+        end = _last_step(trainer)
+        if end is None:
             return None
         due = set(self.at_steps)
         if self.every_n_steps is not None:
-            due.update(range(self.every_n_steps, int(end) + 1, self.every_n_steps))
+            due.update(range(self.every_n_steps, end + 1, self.every_n_steps))
         if self.every_n_epochs is not None:
             if math.isinf(trainer.num_training_batches):
                 return None
             epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * self.every_n_epochs
-            due.update(range(epoch, int(end) + 1, epoch))
+            due.update(range(epoch, end + 1, epoch))
         return sum(trainer.global_step < step <= end for step in due) + self.verdict_at_end
 
     def _load(self, local_rank: int) -> dict[str, LoadedTask]:
@@ -264,6 +262,16 @@ class ForgettingMonitor(Callback):
         self._restored = None
         self._seen_step = step
         self._stopping = False
+
+    def _warn_of_late_steps(self, trainer: Trainer) -> None:
+        end = _last_step(trainer)
+        late = [] if end is None else [step for step in self.at_steps if step > end]
+        if late and trainer.is_global_zero:
+            warnings.warn(
+                f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.",
+                Notice,
+                stacklevel=2,
+            )
 
     def _look(self, trainer: Trainer, verdict: bool = False) -> Report:
         monitor = self._monitor_or_fail()
@@ -304,9 +312,10 @@ class ForgettingMonitor(Callback):
 def _when_it_stops(trainer: Trainer) -> str:
     """The Trainer heeds no wish to stop before its ``min_steps`` and ``min_epochs`` are done."""
     held = []
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     if trainer.min_steps and trainer.global_step < trainer.min_steps:
         held.append(f"step {trainer.min_steps} (`min_steps`)")
-    if trainer.min_epochs and trainer.fit_loop.epoch_progress.current.processed < trainer.min_epochs:
+    if trainer.min_epochs and epochs.processed < trainer.min_epochs:
         held.append(f"epoch {trainer.min_epochs} (`min_epochs`)")
     return (
         f"Training stops only when the trainer has done {' and '.join(held)}"
@@ -324,11 +333,50 @@ def _check_action(on_forgetting: str) -> None:
         raise ConfigError(f"`on_forgetting` must be one of {', '.join(_ACTIONS)}: got {on_forgetting!r}.")
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(least: int = 1, none_too: bool = False, **counts: Any) -> None:
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}` must be 1 or more: got {value}.")
+        if value is None and none_too:
+            continue
+        if not _is_int(value):
+            raise ConfigError(f"`{name}` must be a whole number{' or None' if none_too else ''}: got {value!r}.")
+        if value < least:
+            raise ConfigError(f"`{name}` must be {least} or more: got {value}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_steps(at_steps: Any) -> tuple[int, ...]:
+    if isinstance(at_steps, str) or not isinstance(at_steps, Iterable):
+        raise ConfigError(f"`at_steps` must be a list of optimizer steps, such as [100]: got {at_steps!r}.")
+    steps = tuple(at_steps)
+    wrong = [step for step in steps if not _is_int(step) or step < 1]
+    if wrong:
+        raise ConfigError(
+            f"`at_steps` must hold whole numbers of 1 or more: got {wrong}. `on_fit_start` looks before the first step."
+        )
+    return steps
+
+
+def _as_tasks(tasks: Any) -> list[Any]:
+    kinds = (str, Mapping, Path)
+    given = [tasks] if isinstance(tasks, kinds) else list(tasks) if isinstance(tasks, Iterable) else None
+    if given is None or not all(isinstance(task, kinds) for task in given):
+        raise ConfigError(f"`tasks` must be task names, YAML paths or dicts, one or a list of them: got {tasks!r}.")
+    if not given:
+        raise ConfigError("`tasks` is empty: give at least one task name, YAML path or dict.")
+    return given
+
+
+def _last_step(trainer: Trainer) -> int | None:
+    """Optimizer steps after which the run ends by plan, or None when nobody knows."""
+    try:
+        end = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes with the epoch
+        end = trainer.max_steps
+    return int(end) if 0 < end < math.inf else None
 
 
 def _name(task: Any) -> str:
-    return str(task.get("task")) if isinstance(task, dict) else str(task)
+    return str(task.get("task")) if isinstance(task, Mapping) else str(task)

@@ -322,10 +322,10 @@ def check_levels(tolerance: float, alpha: float) -> None:
     Raises:
         ConfigError: unless 0 <= tolerance < 1 and 0 < alpha < 1.
     """
-    if not 0.0 <= tolerance < 1.0:
-        raise ConfigError(f"`tolerance` is a drop of accuracy in [0, 1), 0.005 for half a point: got {tolerance}.")
-    if not 0.0 < alpha < 1.0:
-        raise ConfigError(f"`alpha` is an error probability in (0, 1), such as 0.05: got {alpha}.")
+    if not isinstance(tolerance, int | float) or not 0.0 <= tolerance < 1.0:
+        raise ConfigError(f"`tolerance` is a drop of accuracy in [0, 1), 0.005 for half a point: got {tolerance!r}.")
+    if not isinstance(alpha, int | float) or not 0.0 < alpha < 1.0:
+        raise ConfigError(f"`alpha` is an error probability in (0, 1), such as 0.05: got {alpha!r}.")
 
 
 def _check_identity(

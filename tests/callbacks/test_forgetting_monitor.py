@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -379,11 +380,37 @@ def test_a_model_without_adapters_is_refused(folder: Path, tokenizer: Any) -> No
         ({"tolerance": 2.0}, ConfigError, "`tolerance`.*got 2.0"),
         ({"alpha": 1.5}, ConfigError, "`alpha`.*got 1.5"),
         ({"tasks": []}, ConfigError, "`tasks` is empty"),
+        ({"tasks": None}, ConfigError, "`tasks` must be task names.*got None"),
+        ({"tasks": ["arc_easy", 3]}, ConfigError, "`tasks` must be task names.*got \\['arc_easy', 3\\]"),
+        ({"every_n_steps": "3"}, ConfigError, "`every_n_steps` must be a whole number or None: got '3'"),
+        ({"every_n_steps": 2.5}, ConfigError, "`every_n_steps` must be a whole number or None: got 2.5"),
+        ({"every_n_epochs": True}, ConfigError, "`every_n_epochs` must be a whole number or None: got True"),
+        ({"items_per_eval": None}, ConfigError, "`items_per_eval` must be a whole number: got None"),
+        ({"num_fewshot": -1}, ConfigError, "`num_fewshot` must be 0 or more: got -1"),
+        ({"at_steps": 3}, ConfigError, "`at_steps` must be a list of optimizer steps.*got 3"),
+        ({"at_steps": "30"}, ConfigError, "`at_steps` must be a list of optimizer steps.*got '30'"),
+        ({"at_steps": [-1, 0, 5]}, ConfigError, "`at_steps` must hold whole numbers of 1 or more: got \\[-1, 0\\]"),
+        ({"at_steps": [2.5]}, ConfigError, "`at_steps` must hold whole numbers of 1 or more: got \\[2.5\\]"),
+        ({"tolerance": "1"}, ConfigError, "`tolerance`.*got '1'"),
+        ({"alpha": None}, ConfigError, "`alpha`.*got None"),
+        ({"on_fit_start": False, "on_fit_end": False}, ConfigError, "would never look. Set `every_n_steps`"),
     ],
 )
 def test_bad_argument_is_refused(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ForgettingMonitor(**{"tasks": "arc_easy", **kwargs})
+
+
+def test_command_lines_learn_the_choices_of_on_forgetting() -> None:
+    hints = typing.get_type_hints(ForgettingMonitor.__init__)
+    assert typing.get_args(hints["on_forgetting"]) == ("warn", "stop")
+
+
+def test_steps_beyond_the_end_are_named_at_the_start(folder: Path, tokenizer: Any) -> None:
+    monitor = ForgettingMonitor(str(folder / "beta.yaml"), tokenizer, at_steps=[1, 50, 60], items_per_eval=5)
+    with pytest.warns(Notice, match="will not look at steps \\[50, 60\\] of `at_steps`: the run ends at step 2"):
+        trainer(monitor, max_steps=2).fit(tiny.Student(), tiny.loader())
+    assert steps(monitor) == [("look", 0), ("look", 1), ("verdict", 2)]
 
 
 @pytest.mark.parametrize("name", ["at_fractions", "max_time_fraction"])
