@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Z95 = 1.96
 
+#: Least distance of two labels of steps, as a share of the plot's width.
+LABEL_ROOM = 0.07
+
 
 def plot_forgetting(
     history: Sequence[Report | Mapping[str, Any]],
@@ -35,8 +38,8 @@ def plot_forgetting(
         fig.savefig("forgetting.png")
 
     Args:
-        history: reports, or what their ``to_dict`` gave. Looks at few items have wide bars; the verdict, drawn with a
-            filled marker, stands for a look at the same step.
+        history: reports, or what their ``to_dict`` gave. Looks at few items have wide bars; the verdict, drawn last
+            with a large filled marker, stands for a look at the same step.
         learned: the target metric at optimizer steps; looks at other steps are left out.
         learned_label: what ``learned`` holds, with its unit.
         ax: axes to draw on; a new figure when None.
@@ -74,8 +77,11 @@ def plot_forgetting(
     ax.set_xlabel("optimizer step" if learned is None else learned_label)
     ax.set_ylabel("accuracy less the base's [points]")
     ax.legend(fontsize="small")
-    if learned is not None and learned[drawn[-1].step] < learned[drawn[0].step]:
-        ax.invert_xaxis()  # a loss falls: learning goes to the right
+    if learned is not None:
+        if learned[drawn[-1].step] < learned[drawn[0].step]:
+            ax.invert_xaxis()  # a loss falls: learning goes to the right
+            ax.set_xlabel(f"{learned_label}, falling to the right: what was learned")
+        _label_steps(ax, drawn, learned)
     return figure, ax
 
 
@@ -87,10 +93,30 @@ def _draw(ax: Axes, name: str, reports: Sequence[Report], learned: Mapping[int, 
     heavy = name == POOLED
     style: dict[str, Any] = {"color": "black", "linewidth": 2.0} if heavy else {"linewidth": 1.2}
     line = ax.errorbar(
-        x, y, yerr=error, capsize=3, elinewidth=1.2, marker="o", markerfacecolor="white", label=name, **style
-    )
-    ends = [i for i, (r, _) in enumerate(points) if r.kind == "verdict"]
-    ax.plot([x[i] for i in ends], [y[i] for i in ends], "o", color=line[0].get_color(), zorder=3)
-    if learned is not None and (heavy or len(reports[0].tasks) == 1):
-        for (report, _), at, height in zip(points, x, y, strict=True):
-            ax.annotate(str(report.step), (at, height), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        x, y, yerr=error, capsize=0, elinewidth=0.8, marker="o", markersize=4, markerfacecolor="white", label=name,
+        zorder=4 if heavy else 3, **style,
+    )  # fmt: skip
+    colour = line[0].get_color()
+    for bars in line[2]:
+        bars.set(alpha=0.35, zorder=2)
+    for i in (i for i, (r, _) in enumerate(points) if r.kind == "verdict"):
+        # The verdict alone bears weight: drawn last, filled, with its own full bar.
+        ax.errorbar(
+            x[i], y[i], yerr=error[i], fmt="o", markersize=9, color=colour, elinewidth=1.8, capsize=4,
+            markeredgecolor="white", label="_verdict", zorder=6 if heavy else 5,
+        )  # fmt: skip
+
+
+def _label_steps(ax: Axes, reports: Sequence[Report], learned: Mapping[int, float]) -> None:
+    """Write the optimizer steps over the plot's upper edge: the first, the last, and those between with room."""
+    places = {r.step: learned[r.step] for r in reports}
+    width = abs(ax.get_xlim()[1] - ax.get_xlim()[0])
+    kept: list[int] = []
+    for step in [reports[0].step, reports[-1].step, *places]:
+        if all(abs(places[step] - places[other]) > LABEL_ROOM * width for other in kept):
+            kept.append(step)
+    for step in kept:
+        ax.annotate(
+            f"step {step}" if step == kept[0] else str(step), (places[step], 1.0), xycoords=("data", "axes fraction"),
+            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7,
+        )  # fmt: skip

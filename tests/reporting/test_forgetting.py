@@ -26,7 +26,7 @@ HISTORY = [report(0, a=0.0, b=0.0), report(10, a=-0.02, b=-0.04), report(10, "ve
 
 def test_plot_over_steps_has_each_task_and_the_verdict_for_its_look(tmp_path: Path) -> None:
     fig, ax = plot_forgetting(HISTORY)
-    lines = {c.get_label(): c[0] for c in ax.containers}
+    lines = {c.get_label(): c[0] for c in ax.containers if c.get_label() != "_verdict"}
     assert set(lines) == {"a", "b", "pooled"}
     assert list(lines["a"].get_xdata()) == [0, 10]
     assert list(lines["a"].get_ydata()) == pytest.approx([0.0, -3.0])
@@ -40,7 +40,23 @@ def test_plot_against_learning_takes_dicts_and_runs_towards_a_lower_loss() -> No
     lines = {c.get_label(): c[0] for c in ax.containers}
     assert list(lines["pooled"].get_xdata()) == [4.0, 3.5]
     assert ax.xaxis_inverted()
-    assert ax.get_xlabel() == "target loss"
+    assert ax.get_xlabel() == "target loss, falling to the right: what was learned"
+
+
+def test_labels_of_many_looks_stay_apart_and_the_verdict_lies_on_top(tmp_path: Path) -> None:
+    looks = [report(step, a=-step / 5000, b=-step / 4000) for step in range(0, 201, 5)]
+    learned = {r.step: 3.0 + 2.0 * 0.97**r.step for r in looks}  # most looks lie near the end
+    fig, ax = plot_forgetting([*looks, report(200, "verdict", a=-0.05, b=-0.06)], learned=learned)
+    fig.savefig(tmp_path / "plot.png")
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts][:2] == ["step 0", "200"]
+    assert 3 <= len(boxes) <= 14
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    verdicts = [c for c in ax.containers if c.get_label() == "_verdict"]
+    assert len(verdicts) == 3
+    marks = [c[0] for c in ax.containers if c.get_label() != "_verdict"]
+    assert min(c[0].get_zorder() for c in verdicts) > max(mark.get_zorder() for mark in marks)
+    assert min(c[0].get_markersize() for c in verdicts) > max(mark.get_markersize() for mark in marks)
 
 
 def test_plot_of_one_task_has_no_pooled_line_and_uses_given_axes() -> None:
