@@ -49,6 +49,7 @@ from lightning_lora.io.names import (
     clean,
     inside,
     named_adapters,
+    packed_layers,
     plain_modules,
     task_type,
     unwrap,
@@ -100,11 +101,7 @@ def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
 
 
 def _saved_tensor(module: SavedModule, name: str) -> Tensor:
-    own = name.removeprefix("trained.")
-    trained, original = module.trained.state_dict()[own], module.original.state_dict()[own]
-    if module.strength == 1.0 or own not in dict(module.trained.named_parameters()):
-        return trained
-    return torch.lerp(original, trained, module.strength)
+    return module.value(name.removeprefix("trained."), module.strength).detach()
 
 
 #: One row for every kind; who adds an adapter kind adds its row.
@@ -282,6 +279,8 @@ def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, A
         "config": record.config.to_dict() if record else None,
         "fingerprint": record.fingerprint if record else None,
         "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),
+        "packed": packed_layers(model),
+        "transposed": [n for n, m in named_adapters(model) if getattr(m, "fan_in_fan_out", False)],
     }
 
 

@@ -212,11 +212,9 @@ def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.d
         dense: See `merged_weight`.
     """
     if isinstance(module, SavedModule):
-        plain = module.trained if module.enabled else module.original
-        if module.enabled and module.strength != 1.0:
-            for name, parameter in plain.named_parameters():
-                original = module.original.get_parameter(name)
-                parameter.data.copy_(torch.lerp(original, parameter, module.strength))
+        plain = module.active
+        for name, parameter in plain.named_parameters():
+            parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
         return plain.requires_grad_(False)
     weight = merged_weight(module, dense)
     layer = module.base_layer if isinstance(module, LoRALinear) else module
@@ -313,16 +311,11 @@ def _plain_name(name: str, replaced: Mapping[str, nn.Module]) -> str | None:
 
 def _strengthened(name: str, tensor: Tensor, replaced: Mapping[str, nn.Module]) -> Tensor:
     """A saved module's tensor as the live model uses it: between original and trained, by its strength."""
-    tensor = tensor.detach()
     owner = next((o for o in parents(name) if o in replaced), "")
     module = replaced.get(owner)
     if not isinstance(module, SavedModule):
-        return tensor
-    own = name.removeprefix(f"{owner}.trained.")
-    strength = module.strength if module.enabled else 0.0
-    if strength == 1.0 or own not in dict(module.trained.named_parameters()):
-        return tensor
-    return torch.lerp(module.original.get_parameter(own).detach(), tensor, strength)
+        return tensor.detach()
+    return module.value(name.removeprefix(f"{owner}.trained."), module.strength if module.enabled else 0.0).detach()
 
 
 def _empty_linear(layer: PackedLinear) -> nn.Module:

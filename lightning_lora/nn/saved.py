@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
 from lightning_lora.nn.adapter import AdapterModule, freeze_statistics
@@ -44,15 +44,25 @@ class SavedModule(AdapterModule):
         """The module whose weights are in use."""
         return self.trained if self.enabled and self.strength != 0.0 else self.original
 
+    def value(self, name: str, strength: float) -> Tensor:
+        """A parameter or buffer of the user's module at a strength: 0 the original's, 1 the trained one's.
+
+        Args:
+            name: As in the user's module.
+            strength: Between the two a parameter is their mixture, a buffer the trained one's.
+        """
+        parent, _, attribute = name.rpartition(".")
+        source = self.original if strength == 0.0 else self.trained
+        tensor = getattr(source.get_submodule(parent), attribute)
+        if strength in (0.0, 1.0) or not isinstance(tensor, nn.Parameter):
+            return tensor
+        return torch.lerp(self.original.get_parameter(name), tensor, strength)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the user's module takes and gives."""
         if not self.enabled or self.strength in (0.0, 1.0):
             return self.active(*args, **kwargs)
-        frozen = dict(self.original.named_parameters())
-        mixed = {
-            name: torch.lerp(frozen[name], parameter, self.strength)
-            for name, parameter in self.trained.named_parameters()
-        }
+        mixed = {name: self.value(name, self.strength) for name, _ in self.trained.named_parameters()}
         return torch.func.functional_call(self.trained, mixed, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

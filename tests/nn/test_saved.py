@@ -88,3 +88,13 @@ def test_tied_parameters_inside_stay_tied() -> None:
     x = torch.randn(2, 4)
     on, saved.strength = saved(x), 1.0 - 1e-7
     assert torch.allclose(saved(x), on, atol=1e-4)
+
+
+def test_a_value_at_a_strength_is_the_one_that_is_computed_with() -> None:
+    saved = _changed(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    saved.trained.train()(torch.randn(8, 4))
+    x, plain = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    for strength in (0.0, 0.3, 1.0):
+        saved.eval().strength = strength
+        plain.load_state_dict({name: saved.value(name, strength) for name in plain.state_dict()})
+        assert torch.equal(saved(x), plain(x)), strength
