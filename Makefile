@@ -36,10 +36,10 @@ demo: $(RUN)  ## QLoRA on the built-in base: what it learned, what it forgot, a 
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(DEV)  ## every test but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(DEV)  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations 20
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
