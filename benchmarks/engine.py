@@ -40,9 +40,7 @@ def run(names: list[str], dtype: torch.dtype, rounds: int, batch: int, length: i
     """Build all, take turns, print the table."""
     folder = saved_base(SHAPES[shape])
     variants = {name: build(name, folder, dtype) for name in names}
-    optimizers = {
-        name: torch.optim.AdamW(v.trained, lr=1e-4) if v.trained else None for name, v in variants.items()
-    }
+    optimizers = {name: torch.optim.AdamW(v.trained, lr=1e-4) if v.trained else None for name, v in variants.items()}
     ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, length))
     now = time.perf_counter if clock == "wall" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -65,9 +63,7 @@ def report(times: dict[str, list[float]], norms: dict[str, float]) -> None:
     print("| variant | median s | " + " | ".join(f"/ {name}" for name in references) + " | gradient norm |")
     print("|---" * (len(references) + 3) + "|")
     for name, values in times.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(values, times[other], strict=True)) for other in references
-        ]
+        ratios = [statistics.median(a / b for a, b in zip(values, times[other], strict=True)) for other in references]
         cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
         print(f"| {name} | {statistics.median(values):.3f} | {cells} | {norms.get(name, 0.0):.3g} |")
 
@@ -79,7 +75,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="counted turns of each variant")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: process time, for a busy machine")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: process time, for a busy machine"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lightning_lora.config import LoRAConfig
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
+    from lightning_lora.io.loaders import validate_adapter
     from lightning_lora.io.merge import merge_adapters
+    from lightning_lora.io.merge_disk import merge_to_disk
     from lightning_lora.model.apply import (
         ApplyReport,
         adapter_state_dict,
@@ -52,8 +54,10 @@ _HOME = {
     "load_adapter": "io.adapter",
     "load_from_checkpoint": "io.checkpoint",
     "merge_adapters": "io.merge",
+    "merge_to_disk": "io.merge_disk",
     "save_adapter": "io.adapter",
     "set_adapter_scale": "model.apply",
+    "validate_adapter": "io.loaders",
 }
 
 __all__ = [
@@ -72,8 +76,10 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge_adapters",
+    "merge_to_disk",
     "save_adapter",
     "set_adapter_scale",
+    "validate_adapter",
 ]
 
 
