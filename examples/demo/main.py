@@ -96,7 +96,8 @@ def main() -> int:
     figure.savefig(outcome.plot, dpi=120)
     text = tables(outcome)
     (args.out / "table.txt").write_text(text + "\n")
-    (args.out / "report.json").write_text(json.dumps(monitor.report.to_dict(), indent=2) + "\n")
+    looks = {"loss": loss.by_step, "looks": [report.to_dict() for report in monitor.history]}
+    (args.out / "forgetting.json").write_text(json.dumps(looks, indent=2) + "\n")
     print(text)
     held = checks(outcome)
     print("\n" + "\n".join(f"{'ok    ' if good else 'FAILED'}  {what}" for what, good in held))

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ QUICK = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+# In full: with bitsandbytes imported, as earlier tests may have done, "AdamW" has two meanings for jsonargparse.
+ADAMW = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01"]
 
 
 def run(*args: str, module: type = Tiny, **kwargs: Any) -> LightningCLI:
@@ -70,8 +75,7 @@ def test_optimizer_from_the_command_line_trains_adapters() -> None:
     cli = run(
         "fit",
         *QUICK,
-        "--optimizer=AdamW",
-        "--optimizer.lr=0.01",
+        *ADAMW,
         "--lr_scheduler=StepLR",
         "--lr_scheduler.step_size=1",
         "--trainer.callbacks+=lightning_lora.LoRA",
@@ -89,10 +93,24 @@ def test_optimizer_from_the_command_line_trains_adapters() -> None:
 def test_optimizer_from_the_command_line_gives_the_bits_of_a_configured_one() -> None:
     """The repaired optimizer is not merely alive: it does what the module's own would have done."""
     lora = ["--trainer.callbacks+=lightning_lora.LoRA", "--trainer.callbacks.r=2", "--seed_everything=3"]
-    given = run("fit", *QUICK, "--optimizer=AdamW", "--optimizer.lr=0.01", *lora, module=TinyBase)
+    given = run("fit", *QUICK, *ADAMW, *lora, module=TinyBase)
     own = run("fit", *QUICK, *lora, module=Tiny)
     for a, b in zip(adapters(given), adapters(own), strict=True):
         assert torch.equal(a.lora_B, b.lora_B)
+
+
+def test_optimizer_by_its_short_name_in_a_process_of_its_own() -> None:
+    """``--optimizer=AdamW`` from a shell: nothing that is imported by then makes the name ambiguous."""
+    code = """
+from tests.cli.test_lightning_cli import QUICK, TinyBase, adapters, run
+lora = ["--trainer.callbacks+=lightning_lora.LoRA", "--trainer.callbacks.r=2", "--trainer.callbacks.quantize=nf4"]
+cli = run("fit", *QUICK, "--optimizer=AdamW", "--optimizer.lr=0.01", *lora, module=TinyBase)
+assert len(adapters(cli)) == 2
+assert all(m.lora_B.abs().sum() > 0 for m in adapters(cli))
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

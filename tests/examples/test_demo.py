@@ -70,6 +70,6 @@ def test_demo_holds(tmp_path: Path) -> None:
     done = subprocess.run([*command, *small], env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "FAILED" not in done.stdout
-    assert {"forgetting.png", "table.txt", "report.json", "adapters", "merged"} <= {
+    assert {"forgetting.png", "table.txt", "forgetting.json", "adapters", "merged"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
