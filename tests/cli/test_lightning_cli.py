@@ -29,6 +29,7 @@ QUICK = [
     "--trainer.enable_model_summary=false",
 ]
 # In full: with bitsandbytes imported, as earlier tests may have done, "AdamW" has two meanings for jsonargparse.
+# In full: another library that a test before has imported may bring an optimizer of the same name.
 ADAMW = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01"]
 
 
@@ -104,7 +105,7 @@ def test_optimizer_by_its_short_name_in_a_process_of_its_own() -> None:
     code = """
 from tests.cli.test_lightning_cli import QUICK, TinyBase, adapters, run
 lora = ["--trainer.callbacks+=lightning_lora.LoRA", "--trainer.callbacks.r=2", "--trainer.callbacks.quantize=nf4"]
-cli = run("fit", *QUICK, "--optimizer=AdamW", "--optimizer.lr=0.01", *lora, module=TinyBase)
+cli = run("fit", *QUICK, "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", *lora, module=TinyBase)
 assert len(adapters(cli)) == 2
 assert all(m.lora_B.abs().sum() > 0 for m in adapters(cli))
 """
