@@ -29,7 +29,6 @@ QUICK = [
     "--trainer.enable_model_summary=false",
 ]
 # In full: with bitsandbytes imported, as earlier tests may have done, "AdamW" has two meanings for jsonargparse.
-# In full: another library that a test before has imported may bring an optimizer of the same name.
 ADAMW = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01"]
 
 
