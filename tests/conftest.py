@@ -13,6 +13,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Before the tests: pytest-xdist takes its workers' warnings in threads, and each would begin to import Lightning.
+import lightning_lora.errors  # noqa: F401
+
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
 
