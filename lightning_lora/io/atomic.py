@@ -85,6 +85,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        _share(part)
         sync_folder(part)
         _swap(part, target)
     finally:
@@ -173,6 +174,16 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             if not os.path.islink(os.path.join(root, name)):
                 _sync(Path(root, name))
         _sync(Path(root))
+
+
+def _share(folder: Path) -> None:
+    """Give files the permissions of any other file of this process; safetensors writes for the owner alone."""
+    mode = folder.stat().st_mode & 0o666  # the folder was made with the process's own mask
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            if not path.is_symlink():
+                path.chmod(mode)
 
 
 def _swap(part: Path, target: Path) -> None:

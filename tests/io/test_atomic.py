@@ -216,3 +216,14 @@ def test_remove_folder_takes_a_folder_a_link_or_nothing(tmp_path: Path) -> None:
     remove_folder(tmp_path / "d")
     remove_folder(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_folder_are_readable_like_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    with atomic_folder(tmp_path / "out") as part:
+        (part / "inner").mkdir()
+        for path in (part / "private", part / "inner" / "private"):
+            path.touch(mode=0o600)
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "out" / "private").stat().st_mode == expected
+    assert (tmp_path / "out" / "inner" / "private").stat().st_mode == expected
