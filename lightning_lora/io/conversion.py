@@ -13,9 +13,9 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, Notice
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, compare_shapes
-from lightning_lora.io.names import clean, inside, outermost, plain_modules
+from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.io.peft_rules import Spec
-from lightning_lora.model.inner import clean_name
+from lightning_lora.model.inner import clean_name, outermost
 from lightning_lora.model.targets import find_targets, is_adaptable
 from lightning_lora.nn.linear import linear_shape
 

@@ -104,8 +104,3 @@ def parents(name: str) -> Iterator[str]:
     parts = name.split(".")
     for count in range(1, len(parts)):
         yield ".".join(parts[:count])
-
-
-def outermost(names: list[str]) -> list[str]:
-    """`names` without those below another one."""
-    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -37,6 +38,12 @@ def names_of(name: str, prefix: str) -> tuple[str, ...]:
     """A module's name in full and, where it lies in the model called ``prefix``, inside that."""
     inside = prefix and name.startswith(f"{prefix}.")
     return (name, name[len(prefix) + 1 :]) if inside else (name,)
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """``names`` without those below another one."""
+    names = list(names)
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
 
 
 def clean_name(name: str) -> str:

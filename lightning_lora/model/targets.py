@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
-from lightning_lora.model.inner import hf_models, inner_model, names_of
+from lightning_lora.model.inner import hf_models, inner_model, names_of, outermost
 from lightning_lora.nn.adopted import quantized_elsewhere
 from lightning_lora.nn.linear import is_conv1d
 
@@ -47,7 +47,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     fresh = [name for name in _fresh_task_heads(model) if not _under(name, saved)]
     if fresh:
         _notice_task_head(fresh)
-    saved = _outermost(dict.fromkeys(saved + fresh))
+    saved = outermost(dict.fromkeys(saved + fresh))
     free = [name for name in linears if not _under(name, saved)]
     if config.target_modules == "all-linear":
         chosen = [name for name in free if name not in heads]
@@ -151,11 +151,6 @@ def _fresh_task_heads(model: nn.Module) -> list[str]:
 def _notice_task_head(names: list[str]) -> None:
     text = f"the task head {names} was freshly initialised: it is trained in full, as `modules_to_save`"
     warnings.warn(text, Notice, stacklevel=4)
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    names = list(names)
-    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
 
 
 def _under(name: str, parents: list[str]) -> bool:
