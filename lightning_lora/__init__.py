@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.strategies import register_strategies
+from lightning_lora.strategies.registry import register_strategies
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -30,19 +30,17 @@ if TYPE_CHECKING:
         disable_adapters,
         set_adapter_scale,
     )
-    from lightning_lora.strategies import (
-        AdapterDDPStrategy,
-        AdapterSingleDeviceStrategy,
-        AdapterStateMixin,
-    )
+    from lightning_lora.strategies.ddp import AdapterDDPStrategy
+    from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
+    from lightning_lora.strategies.state import AdapterStateMixin
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
-    "AdapterDDPStrategy": "strategies",
-    "AdapterSingleDeviceStrategy": "strategies",
-    "AdapterStateMixin": "strategies",
+    "AdapterDDPStrategy": "strategies.ddp",
+    "AdapterSingleDeviceStrategy": "strategies.single_device",
+    "AdapterStateMixin": "strategies.state",
     "ApplyReport": "model.apply",
     "ForgettingMonitor": "callbacks.forgetting_monitor",
     "LoRA": "callbacks.lora",

@@ -49,7 +49,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("encoding", "forward", "scoring", "monitor"),
     ),
     "reporting": ("forgetting",),
-    "strategies": (),
+    "strategies": ("checkpoint_io", "state", "single_device", "ddp", "registry"),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
     "cli": (),
 }

@@ -28,7 +28,8 @@ from lightning_lora import (
     apply_lora,
 )
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
-from lightning_lora.strategies import AtomicCheckpointIO, attach, register_strategies
+from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO
+from lightning_lora.strategies.registry import attach, register_strategies
 from tests.helpers import LM, TinyNet, loader, make_trainer
 
 

@@ -22,7 +22,7 @@ from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_rec
 from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
-from lightning_lora.strategies import attach
+from lightning_lora.strategies.registry import attach
 
 
 class LoRA(Callback):

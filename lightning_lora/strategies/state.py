@@ -7,7 +7,6 @@ the same behaviour by `attach`, so that there is one code path.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,30 +17,18 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
-from lightning_lora.io.atomic import atomic_write
+from lightning_lora.errors import CheckpointError, Notice
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.rng import RNGState
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format; a local file is written beside its target, synced and renamed over it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint``; a process killed at any moment leaves the old file or the new one."""
-        if storage_options is not None or "://" in os.fspath(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with atomic_write(path) as part:
-            torch.save(checkpoint, part)
+from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO
 
 
 class AdapterStateMixin(Strategy):
@@ -239,72 +226,6 @@ class AdapterStateMixin(Strategy):
         states: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(states, self._run_state)
         return states
-
-
-class AdapterSingleDeviceStrategy(AdapterStateMixin, SingleDeviceStrategy):
-    """One device, adapter-only checkpoints. As ``strategy="lora"`` it takes the device that the Trainer chose."""
-
-    strategy_name = "lora"
-
-    def __init__(self, device: str | torch.device | None = None, **kwargs: Any) -> None:
-        super().__init__(device=device or "cpu", **kwargs)
-        self._chosen: list[torch.device] | None = [torch.device(device)] if device is not None else None
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The one device; None until the Trainer fills it in."""
-        return self._chosen
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        if devices is not None and len(devices) > 1:
-            raise ConfigError(
-                f'`strategy="lora"` runs on one device, got `devices={len(devices)}`; use "lora_ddp" for several'
-            )
-        self._chosen = devices
-
-    @property
-    def root_device(self) -> torch.device:
-        """Where the model lives."""
-        return self._chosen[0] if self._chosen else torch.device("cpu")
-
-
-class AdapterDDPStrategy(AdapterStateMixin, DDPStrategy):
-    """`DDPStrategy` with adapter-only checkpoints; ``strategy="lora_ddp"``."""
-
-    strategy_name = "lora_ddp"
-
-
-def register_strategies() -> None:
-    """Make ``strategy="lora"`` and ``"lora_ddp"`` known to the Trainer. Calling it again does nothing."""
-    for strategy in (AdapterSingleDeviceStrategy, AdapterDDPStrategy):
-        if strategy.strategy_name not in StrategyRegistry:
-            StrategyRegistry.register(
-                strategy.strategy_name, strategy, description=(strategy.__doc__ or "").split("\n")[0]
-            )
-
-
-def attach(strategy: Strategy) -> None:
-    """Give a strategy of the user's the behaviour of `AdapterStateMixin`, in place.
-
-    Raises:
-        UnsupportedError: The strategy is not one whose checkpoints this version can keep to adapters, or it
-            launches by ``spawn`` or ``fork``: the adapters would not come back from the processes it starts.
-    """
-    kind = type(strategy)
-    if getattr(strategy.launcher, "_start_method", None) is not None:  # no public way to tell the launchers apart
-        raise UnsupportedError(
-            f"`strategy={kind.__name__}` starts its processes by spawn or fork: the trained adapters would be lost "
-            'with them. Use `strategy="ddp"`'
-        )
-    if isinstance(strategy, AdapterStateMixin):
-        return
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise UnsupportedError(
-            f"`LoRA` does not work with `{kind.__name__}` in this version; it works on a single device and with "
-            '`strategy="ddp"`'
-        )
-    strategy.__class__ = type(f"Adapter{kind.__name__}", (AdapterStateMixin, kind), {})
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:

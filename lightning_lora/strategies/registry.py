@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategies' names, and the same behaviour for a strategy of the user's own."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+
+from lightning_lora.errors import UnsupportedError
+from lightning_lora.strategies.ddp import AdapterDDPStrategy
+from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
+from lightning_lora.strategies.state import AdapterStateMixin
+
+
+def register_strategies() -> None:
+    """Make ``strategy="lora"`` and ``"lora_ddp"`` known to the Trainer. Calling it again does nothing."""
+    for strategy in (AdapterSingleDeviceStrategy, AdapterDDPStrategy):
+        if strategy.strategy_name not in StrategyRegistry:
+            StrategyRegistry.register(
+                strategy.strategy_name, strategy, description=(strategy.__doc__ or "").split("\n")[0]
+            )
+
+
+def attach(strategy: Strategy) -> None:
+    """Give a strategy of the user's the behaviour of `AdapterStateMixin`, in place.
+
+    Raises:
+        UnsupportedError: The strategy is not one whose checkpoints this version can keep to adapters, or it
+            launches by ``spawn`` or ``fork``: the adapters would not come back from the processes it starts.
+    """
+    kind = type(strategy)
+    if getattr(strategy.launcher, "_start_method", None) is not None:  # no public way to tell the launchers apart
+        raise UnsupportedError(
+            f"`strategy={kind.__name__}` starts its processes by spawn or fork: the trained adapters would be lost "
+            'with them. Use `strategy="ddp"`'
+        )
+    if isinstance(strategy, AdapterStateMixin):
+        return
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UnsupportedError(
+            f"`LoRA` does not work with `{kind.__name__}` in this version; it works on a single device and with "
+            '`strategy="ddp"`'
+        )
+    strategy.__class__ = type(f"Adapter{kind.__name__}", (AdapterStateMixin, kind), {})
