@@ -40,6 +40,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge",
         "merged_folder",
         "tensor_files",
+        "skeleton",
         "tied",
         "merge_plan",
         "merge_disk",

@@ -7,14 +7,16 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, MergeError, UnsupportedError
 from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.skeleton import file_keys, skeleton
 from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.io.tied import output_ends, says_tied
 
@@ -67,7 +69,7 @@ class MergePlan:
         found = {name: self._base_key(key) for name, key in keys.items()}
         ends = None
         if any(not re.search(r"(^|\.)\d+\.", keys[name]) for name in keys):  # outside the layers: a head, embeddings
-            ends = output_ends(self.base.path, self.config)
+            ends = output_ends(self._model)
         for name, key in found.items():
             change = Change(key, lora=name) if name in loras else Change(key, saved=name)
             target = key or keys[name]
@@ -133,10 +135,20 @@ class MergePlan:
                     raise MergeError(self._no_place(f"{name}.weight"))
                 self.changes.setdefault(key, Change(key)).packed = how
 
+    @cached_property
+    def _model(self) -> nn.Module | None:
+        return skeleton(self.base.path, self.config)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """By name in the model, the key in its files, where transformers renames tensors as it loads them."""
+        return {} if self._model is None else file_keys(self._model, self.base.entries)
+
     def _base_key(self, key: str) -> str | None:
         """The base's key of a tensor; a base without a head lacks the first part of the names."""
         short = key.partition(".")[2]
-        return next((k for k in (key, short) if k in self.base.entries), None)
+        found = next((k for k in (key, short) if k in self.base.entries), None)
+        return found or self._renamed.get(key)
 
     def _may_be_added(self, key: str) -> bool:
         """Whether a tensor that was kept in full may be new: a task head that the base never had."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError
+from lightning_lora.io.skeleton import load_config
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def says_tied(config: Mapping[str, Any], folder: Path) -> bool:
             return bool(part["tie_word_embeddings"])
     if not config:
         return False
-    loaded = _load_config(folder)
+    loaded = load_config(folder)
     return True if loaded is None else bool(getattr(loaded, "tie_word_embeddings", False))
 
 
@@ -73,22 +72,16 @@ def changed_config(config: Mapping[str, Any], untied: bool, dtype: str | None) -
     return changed
 
 
-def output_ends(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Keys of the input embedding's and the head's weight; empty without a head, None where that cannot be told."""
-    loaded = _load_config(folder) if config else None
-    if loaded is None:
-        return None
-    import transformers
+def output_ends(model: nn.Module | None) -> tuple[str, str] | None:
+    """Names of the input embedding's and the head's weight; empty without a head, None where that cannot be told.
 
-    architectures = config.get("architectures") or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    if cls is None:
+    Args:
+        model: The model without values, None where it is not known.
+    """
+    if model is None:
         return None
-    with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model class may raise without its weights
-        model = cls(loaded)
-        names = [_weight_name(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
-        return (names[0], names[1]) if names[0] and names[1] else ("", "")
-    return None
+    names = [_weight_name(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
+    return (names[0], names[1]) if names[0] and names[1] else ("", "")
 
 
 def _weight_name(model: nn.Module, getter: str) -> str | None:
@@ -97,15 +90,3 @@ def _weight_name(model: nn.Module, getter: str) -> str | None:
         module = getattr(model, getter)()
     name = next((name for name, m in model.named_modules() if m is module), None)
     return None if module is None or name is None else f"{name}.weight"
-
-
-def _load_config(folder: Path) -> Any:
-    """Transformers' own reading of the configuration; None without transformers, or where it knows no such model."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError):
-        return None
