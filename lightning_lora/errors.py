@@ -44,6 +44,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used for what was asked."""
 
 
+class WriteError(OSError):
+    """A file or folder could not be written: no room, no permission. What stood there before still stands."""
+
+
 class GradientError(RuntimeError):
     """Adapters are in the model but do not learn."""
 

@@ -27,6 +27,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "model": ("inner", "targets", "fingerprint", "apply", "gradients", "optimizers"),
     "io": (
         "atomic",
+        "integrity",
+        "checkpoint_file",
         "peft_rules",
         "names",
         "folder",
@@ -50,7 +52,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("encoding", "forward", "scoring", "monitor"),
     ),
     "reporting": ("forgetting",),
-    "strategies": ("checkpoint_io", "state", "single_device", "ddp", "registry"),
+    "strategies": ("checkpoint_io", "together", "state", "single_device", "ddp", "registry"),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
     "cli": (),
 }

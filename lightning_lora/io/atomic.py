@@ -4,8 +4,8 @@
 A file is written beside its target, flushed, synced and renamed over it; a folder is filled under a hidden
 name beside its target and renamed into place::
 
-    .name.new-<host>-<pid>-<run>-<hex>   being filled          -> renamed to  name
-    .name.old-<host>-<pid>-<run>-<hex>   the one it replaces   -> removed when the new one stands
+    .name.new-<host>-<pid>-<run>-<hex>   being filled          -> synced, renamed to  name
+    .name.old-<host>-<pid>-<run>-<hex>   the one it replaces   -> removed when the new one stands and is synced
 
 A process killed between the two renames of a replacement leaves the old folder whole under its hidden name;
 `recover` (which `atomic_folder` and the readers of folders call) puts it back.
@@ -14,6 +14,7 @@ A process killed between the two renames of a replacement leaves the old folder 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -23,15 +24,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_lora.errors import CheckpointError
+from safetensors import SafetensorError
+
+from lightning_lora.errors import CheckpointError, WriteError
 
 _NEW, _OLD = "new", "old"
+_TRIES = 100  # at putting a folder in place while others do
+_ROOM = "Make room there or choose another disk, and save again"
+_PERMISSION = "Give this user write permission there, or choose another folder"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _PERMISSION),
+    errno.EIO: "The disk is failing: choose another one",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ENOTDIR: "A part of the path is a file: choose another path",
+}
 _RUN = secrets.token_hex(4)  # a restarted container often has the process id of the one that was killed
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception what was written there becomes `path`.
+
+    The order is: write, sync of the file, rename, sync of the folder.
 
     Args:
         path: The file to write. Its folder is made when it is missing.
@@ -40,21 +55,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         A hidden path beside the target. Whoever opens it closes it before the block ends.
 
     Raises:
-        CheckpointError: When the block wrote nothing.
+        CheckpointError: When the block wrote nothing, or a folder stands at `path`.
+        WriteError: When there is no room or no permission.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(target.parent)
     part = _hidden(target, _NEW)
-    try:
-        yield part
-        if not part.exists():
-            raise CheckpointError(f"nothing was written for {target}: write to the path that the block was given.")
-        _sync(part)
-        os.replace(part, target)
-        _sync(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with _telling(target):
+        if target.is_dir():
+            raise CheckpointError(
+                f"a file is to be written to {target}, but a folder stands there: move it or choose another path."
+            )
+        _make_folder(target.parent)
+        clean_leftovers(target.parent)
+        try:
+            yield part
+            if not part.exists():
+                raise CheckpointError(f"nothing was written for {target}: write to the path that the block was given.")
+            _sync(part)
+            os.replace(part, target)
+            _sync(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -72,24 +94,43 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         CheckpointError: When a file stands at `path`.
+        WriteError: When there is no room or no permission.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise CheckpointError(
             f"a folder is to be written to {target}, but a file stands there: move it or choose another path."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target)
-    clean_leftovers(target.parent)
+    with _telling(target):
+        _make_folder(target.parent)
+        recover(target)
+        clean_leftovers(target.parent)
+        part = _hidden(target, _NEW)
+        part.mkdir()
+        try:
+            yield part
+            _share(part)
+            sync_folder(part)
+            _swap(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def atomic_link(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
+    """Make `path` a symbolic link to `to`, in place of the link, file or folder that stands there.
+
+    Args:
+        path: The link. Its folder is there.
+        to: What it points to, written relative to the link's folder.
+    """
+    target = Path(path)
     part = _hidden(target, _NEW)
-    part.mkdir()
-    try:
-        yield part
-        _share(part)
-        sync_folder(part)
-        _swap(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _telling(target):
+        os.symlink(os.path.relpath(to, target.parent), part)
+        try:
+            _swap(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def remove_folder(path: str | os.PathLike[str]) -> None:
@@ -114,6 +155,9 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
 def recover(path: str | os.PathLike[str]) -> bool:
     """Put back the folder that a killed process had moved aside when nothing stands at `path`.
 
+    Where the process is alive after all, or on another machine, it finds the folder put back and moves it aside
+    once more.
+
     Args:
         path: The folder as its readers know it.
 
@@ -121,17 +165,15 @@ def recover(path: str | os.PathLike[str]) -> bool:
         Whether a folder was put back.
     """
     target = Path(path)
-    if target.exists() or not target.parent.is_dir():
+    if os.path.lexists(target) or not target.parent.is_dir():
         return False
     asides = [(p, _writer(p.name, _OLD)) for p in target.parent.iterdir()]
-    abandoned = [p for p, writer in asides if writer and writer.target == target.name and not _is_alive(writer)]
-    if not abandoned:
-        return False
-    newest = max(abandoned, key=lambda p: p.stat().st_mtime_ns)
+    whole = [p for p, writer in asides if writer and writer.target == target.name]
     try:
-        os.rename(newest, target)
-    except OSError:  # another process put one back first
+        os.rename(max(whole, key=lambda p: p.lstat().st_mtime_ns), target)
+    except (OSError, ValueError):  # another process put one back first, or there is none
         return False
+    _sync(target.parent)
     return True
 
 
@@ -155,10 +197,7 @@ def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
             rubbish = replaced
         if rubbish is None or _is_alive(rubbish):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        _remove(entry)
         removed.append(entry)
     return removed
 
@@ -187,25 +226,94 @@ def _share(folder: Path) -> None:
 
 
 def _swap(part: Path, target: Path) -> None:
-    """Rename `part` to `target`; what stood there is moved aside before and removed after."""
-    if not os.path.lexists(target):
-        os.rename(part, target)
-        _sync(target.parent)
-        return
-    if target.is_symlink():
-        target.unlink()
-        os.rename(part, target)
-        _sync(target.parent)
-        return
-    aside = _hidden(target, _OLD)
-    os.rename(target, aside)
-    try:
-        os.rename(part, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
+    """Rename `part` to `target`; what stood there is moved aside before and removed after.
+
+    Another process that writes the same folder may put its own there in between: then that is moved aside too.
+    """
+    asides: list[Path] = []
+    for _ in range(_TRIES):
+        try:
+            if _is_in_the_way(part, target):
+                aside = _hidden(target, _OLD)
+                os.rename(target, aside)
+                asides.append(aside)
+            os.rename(part, target)
+            break
+        except FileNotFoundError:
+            if not os.path.lexists(part):
+                raise
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                recover(target)
+                raise
+        except BaseException:
+            recover(target)
+            raise
+    else:
+        raise CheckpointError(f"{target} could not be put in place: other processes write the same folder all the time")
     _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    for aside in asides:
+        rubbish = _hidden(target, _NEW)  # from here on it is no folder to recover
+        with contextlib.suppress(OSError):
+            os.rename(aside, rubbish)
+            _remove(rubbish)
+
+
+def _is_in_the_way(part: Path, target: Path) -> bool:
+    """Whether no rename can replace the target: a folder, or a link by a folder."""
+    if target.is_symlink():
+        return not part.is_symlink()
+    return target.is_dir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder; one that cannot be removed is left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents; each new name is synced too."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync(made.parent)
+
+
+@contextlib.contextmanager
+def _telling(target: Path) -> Iterator[None]:
+    """Say which file could not be written, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        elsewhere = isinstance(error, OSError) and error.filename and str(target.parent) not in str(error.filename)
+        if number not in _REMEDIES or elsewhere:
+            raise
+        told = WriteError(
+            f"{target} could not be written: {os.strerror(number)}. What stood there before is as it was. "
+            f"{_REMEDIES[number]}"
+        )
+        told.errno = number
+        raise told from error
+
+
+def _error_number(error: BaseException) -> int:
+    """The system's error behind what was raised; 0 where there is none."""
+    if isinstance(error, WriteError):
+        return 0
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else 0
+    behind = error.__cause__ or error.__context__
+    if type(error) is RuntimeError and isinstance(behind, OSError):  # torch's writer
+        return behind.errno or 0
+    return 0
 
 
 def _sync(path: Path) -> None:

@@ -12,14 +12,16 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
     fingerprint   of the base before packing, or None
     strength      what `set_adapter_scale` set, by name; modules at 1 are left out
     rng           one state of the random number generators a process (not in weights-only checkpoints)
+    digests       of every tensor in the file, added and compared by `io.checkpoint_file`; since version 2
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +34,9 @@ from lightning_lora.errors import (
     BaseMismatchError,
     CheckpointError,
 )
+from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
 from lightning_lora.io.folder import compare_fingerprints
+from lightning_lora.io.integrity import check_finite
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
@@ -45,8 +49,7 @@ from lightning_lora.model.fingerprint import same_base
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.saved import SavedModule
 
-KEY = "lightning_lora"
-VERSION = 1
+VERSION = 2
 
 # Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean.
 _FREE_FIELDS = ("lora_dropout", "init_lora_weights", "compute_dtype")
@@ -82,45 +85,101 @@ def metadata(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-    """Load a checkpoint's adapters into a converted model.
+def load_state(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    strict: bool = True,
+    file: str | os.PathLike[str] = "the checkpoint",
+) -> None:
+    """Load a checkpoint's adapters into a converted model. Nothing is changed unless all fits.
 
     Also takes a full checkpoint whose ``state_dict`` holds the adapters among all other tensors.
 
+    Args:
+        model: The model.
+        checkpoint: What was read.
+        strict: Whether tensors that no adapter owns are an error.
+        file: Where it was read from, for the texts of errors.
+
     Raises:
-        CheckpointError: The checkpoint holds no adapters, or is of a newer version.
-        AdapterMismatchError: Configuration, keys or shapes differ.
+        CheckpointError: The checkpoint holds no adapters, or NaN, or is of a newer version.
+        AdapterMismatchError: Configuration, keys, shapes or dtypes differ.
         BaseMismatchError: The adapters were trained on another base.
     """
+    with _naming(file):
+        _load_state(model, checkpoint, strict, file)
+
+
+def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, file: str | os.PathLike[str]) -> None:
     state = checkpoint["state_dict"]
     entry = checkpoint.get(KEY)
+    own = adapter_state_dict(model)
     if entry is None:
-        own = adapter_state_dict(model)
-        cleaned = {clean_name(name): tensor for name, tensor in state.items()}
-        if not any(name in cleaned for name in own):
+        state = {name: tensor for name, tensor in _cleaned(state).items() if name in own}
+        if not state:
             raise CheckpointError(
                 "the checkpoint holds no adapters: it is of a run without LoRA. Load its weights into the module "
                 "before `fit` instead of passing it as `ckpt_path`"
             )
-        load_adapter_state(model, cleaned, strict=False)
-        return
-    check_metadata(model, entry)
-    load_adapter_state(model, state, strict=strict)
-    for name, module in adapter_modules(model):
-        module.strength = entry.get("strength", {}).get(clean_name(name), 1.0)
+    else:
+        check_metadata(model, entry)
+        state = _cleaned(state)
+    _check_dtypes(state, own)
+    check_finite({name: tensor for name, tensor in state.items() if name in own}, os.fspath(file))
+    load_adapter_state(model, state, strict=strict and entry is not None)
+    if entry is not None:
+        for name, module in adapter_modules(model):
+            module.strength = entry.get("strength", {}).get(clean_name(name), 1.0)
+
+
+def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what wrappers put into them, as every name of ours is."""
+    return {clean_name(name): tensor for name, tensor in state.items()}
+
+
+def _check_dtypes(state: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what cannot be a value of the tensor it is for; other floats are cast."""
+    for name, tensor in own.items():
+        found = state.get(name)
+        if found is None:
+            continue
+        if not isinstance(found, torch.Tensor):
+            raise AdapterMismatchError(f"{name!r} is a {type(found).__name__} in the file and no tensor")
+        if found.is_floating_point() != tensor.is_floating_point() or found.is_complex() != tensor.is_complex():
+            raise AdapterMismatchError(
+                f"{name!r} is of {found.dtype} in the file and of {tensor.dtype} in the model: no run of ours writes "
+                "that. Take another checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file's name before the text of what does not fit."""
+    try:
+        yield
+    except (CheckpointError, AdapterMismatchError, BaseMismatchError) as error:
+        if str(file) in str(error):
+            raise
+        raise type(error)(f"{os.fspath(file)}: {error}") from error
 
 
 def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """See that ``model`` is converted as ``entry`` says, over the same base.
 
     Raises:
-        CheckpointError: The entry is of a newer version.
+        CheckpointError: The entry is of a newer version, or of none.
         AdapterMismatchError: The configuration differs; the fields are named.
         BaseMismatchError: The fingerprint of the base differs.
     """
-    if entry["version"] > VERSION:
+    version = entry.get("version")
+    if not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"the checkpoint's `{KEY}` entry is of version {entry['version']}, this package knows {VERSION}: update it"
+            f"the checkpoint's `{KEY}` entry is of version {version!r}, which no package has written: the file is "
+            "damaged or of another program. Take another checkpoint"
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"the checkpoint's `{KEY}` entry is of version {version}, this package knows {VERSION}: update it"
         )
     own = metadata(model)
     differing = {
@@ -173,11 +232,12 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
         kwargs: For ``cls.load_from_checkpoint``: ``map_location``, ``hparams_file`` and hyperparameters.
 
     Raises:
-        CheckpointError: The file holds no adapters of this package.
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is broken, or holds no adapters of this package.
         AlreadyAdaptedError: The module carries adapters of another configuration.
         AdapterMismatchError, BaseMismatchError: The adapters do not fit.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     if KEY not in checkpoint:
         raise CheckpointError(
             f"{os.fspath(path)!r} holds no adapters of this package; load it with `{cls.__name__}.load_from_checkpoint`"
@@ -196,5 +256,5 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
         raise AlreadyAdaptedError(
             f"{cls.__name__} adapts itself with {record.config}, the checkpoint was made with {config}"
         )
-    load_state(model, checkpoint)
+    load_state(model, checkpoint, file=path)
     return model

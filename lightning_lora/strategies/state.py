@@ -7,6 +7,7 @@ the same behaviour by `attach`, so that there is one code path.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.errors import CheckpointError, Notice
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
+from lightning_lora.io.checkpoint_file import unmapped
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.rng import RNGState
-from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO
+from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
+from lightning_lora.strategies.together import together
 
 
 class AdapterStateMixin(Strategy):
@@ -48,6 +51,7 @@ class AdapterStateMixin(Strategy):
     _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
     _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
     _said_modules = False
+    _read_from = "the checkpoint"  # for the texts of errors
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -55,6 +59,8 @@ class AdapterStateMixin(Strategy):
         if isinstance(self._checkpoint_io, AsyncCheckpointIO):
             if type(self._checkpoint_io.checkpoint_io) in (type(None), TorchCheckpointIO):
                 self._checkpoint_io._checkpoint_io = AtomicCheckpointIO()  # its own setter works once only
+            if type(self._checkpoint_io) is AsyncCheckpointIO:
+                self._checkpoint_io.__class__ = OrderedAsyncCheckpointIO
             return self._checkpoint_io
         current = super().checkpoint_io
         if type(current) is TorchCheckpointIO:
@@ -73,7 +79,7 @@ class AdapterStateMixin(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapters; every one of them must be in the checkpoint and fit."""
         module = self._converted_module()
-        load_state(module, checkpoint, strict=strict)
+        load_state(module, checkpoint, strict=strict, file=self._read_from)
         if "current_model_state" in checkpoint and isinstance(checkpoint, dict):
             # Lightning's weight averaging goes on to load two whole states from here.
             whole = {name: (clean_name(name), tensor) for name, tensor in module.state_dict().items()}
@@ -98,11 +104,13 @@ class AdapterStateMixin(Strategy):
             if self._ended_at is not None:  # the loader has forgotten its place by now
                 checkpoint["loops"]["fit_loop"] = self._ended_at
         checkpoint[KEY] = entry
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        with together(self.world_size, f"save {os.fspath(filepath)}"):
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and tell its place in the epoch as Lightning resumes it rightly."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        self._read_from = os.fspath(checkpoint_path)
         if "fit_loop" in checkpoint.get("loops", {}):
             fit_loop = checkpoint["loops"]["fit_loop"]
             settle(fit_loop)
@@ -112,7 +120,7 @@ class AdapterStateMixin(Strategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Lightning calls this when training resumes, and only then; so the random state is taken here."""
-        super().load_optimizer_state_dict(checkpoint)
+        super().load_optimizer_state_dict(unmapped(checkpoint, "optimizer_states", self.root_device))
         entry = checkpoint.get(KEY) or {}
         if "rng" not in entry:
             return

@@ -33,12 +33,13 @@ from lightning_lora.errors import (
     Notice,
 )
 from lightning_lora.io.checkpoint import KEY, VERSION, load_state, metadata
+from lightning_lora.io.checkpoint_file import write_checkpoint
 from lightning_lora.model.apply import adapter_modules
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
 
 LIGHTNING_KEYS = {"epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops"}
 TRAINING_KEYS = LIGHTNING_KEYS | {"callbacks", "optimizer_states", "lr_schedulers"}
-ENTRY_KEYS = {"version", "config", "targets", "saved", "fingerprint", "strength"}
+ENTRY_KEYS = {"version", "config", "targets", "saved", "fingerprint", "strength", "digests"}
 
 
 class Net(LM):
@@ -289,7 +290,7 @@ class TestRefusals:
         _, path = train(tmp_path)
         checkpoint = torch.load(path)
         del checkpoint["state_dict"]["net.second.adapter.lora_B"]
-        torch.save(checkpoint, path)
+        write_checkpoint(checkpoint, path)
         with pytest.raises(AdapterMismatchError, match="1 of 4 tensors are missing, 'net.second.adapter.lora_B' first"):
             resume(path, tmp_path)
 
@@ -297,7 +298,7 @@ class TestRefusals:
         _, path = train(tmp_path)
         checkpoint = torch.load(path)
         checkpoint["state_dict"]["net.third.adapter.lora_B"] = torch.zeros(1)
-        torch.save(checkpoint, path)
+        write_checkpoint(checkpoint, path)
         with pytest.raises(AdapterMismatchError, match="1 tensors are unknown to the model, 'net.third.adapter"):
             resume(path, tmp_path)
 
@@ -314,7 +315,7 @@ class TestRefusals:
         _, path = train(tmp_path)
         checkpoint = torch.load(path)
         checkpoint[KEY]["version"] = VERSION + 1
-        torch.save(checkpoint, path)
+        write_checkpoint(checkpoint, path)
         with pytest.raises(CheckpointError, match=f"of version {VERSION + 1}, this package knows {VERSION}: update it"):
             resume(path, tmp_path)
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files: Lightning's own, in torch's zip format, written whole and read without trust.
+
+The entry `KEY` is given ``digests``: one for every tensor in the file, by its place in it, compared on reading.
+The rest of the file, torch's description of it included, is compared with the zip's own checksums. Tensors are
+mapped from the file, not copied: a large one is read when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+from lightning_lora.errors import CheckpointError
+from lightning_lora.io.atomic import atomic_write
+from lightning_lora.io.integrity import check_digests, digests
+
+KEY = "lightning_lora"
+
+_DIGESTS = "digests"
+_TENSOR = re.compile(r"[^/]+/data/\d+")  # a zip record that holds the values of tensors
+_SMALL = 65536  # bytes; what is smaller is copied out of the file
+_EARLIER = "Take an earlier checkpoint, or the adapter folder beside it"
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint; a process killed at any moment leaves the old file or the new one.
+
+    Args:
+        checkpoint: What `torch.save` is given. Digests of its tensors are added to its entry `KEY`, if it has one.
+        path: The file.
+
+    Raises:
+        WriteError: No room, or no permission.
+        CheckpointError: A folder stands at `path`.
+    """
+    if KEY in checkpoint:
+        checkpoint = {**checkpoint, KEY: {**checkpoint[KEY], _DIGESTS: digests(_tensors(checkpoint))}}
+    with atomic_write(path) as part, part.open("wb") as file:
+        torch.save(checkpoint, file)
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without its pickles; every tensor of one of ours is compared with its digest.
+
+    Args:
+        path: The file.
+        map_location: As `torch.load` takes it.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CheckpointError: It is no whole checkpoint, is damaged, or holds objects that only a pickle can make.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no checkpoint file at {file}")
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder, a checkpoint file is needed: name the .ckpt file")
+    try:
+        _check_records(file)
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(file, str(error))) from error
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{file} may not be read by this user: {error.strerror}. Give it read permission"
+        ) from error
+    except Exception as error:  # torch and zipfile raise a dozen kinds for a broken file
+        raise CheckpointError(f"{file} is no whole checkpoint file ({_first_line(error)}). {_EARLIER}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{file} holds no `state_dict`: it is no checkpoint of Lightning's")
+    verify(checkpoint, file)
+    return tree_map(_copied_if_small, checkpoint)
+
+
+def verify(checkpoint: Mapping[str, Any], file: object) -> None:
+    """Compare every tensor with its digest, where there are any, and refuse paths that lead out of their folder.
+
+    Raises:
+        CheckpointError: A tensor is not what was written, or a callback's path holds ``..``.
+    """
+    entry = checkpoint.get(KEY)
+    if isinstance(entry, Mapping) and _DIGESTS in entry:
+        check_digests(entry[_DIGESTS], dict(_tensors(checkpoint)), file, _EARLIER)
+    for name, state in (checkpoint.get("callbacks") or {}).items():
+        for leaf in _texts(state):
+            if ".." in PurePosixPath(leaf).parts:  # a ModelCheckpoint removes what its state names
+                raise CheckpointError(
+                    f"{file}: the state of {name!r} names {leaf!r}, which leads out of its folder: no run writes that. "
+                    "Take a checkpoint that you trust"
+                )
+
+
+def unmapped(checkpoint: Mapping[str, Any], key: str, device: torch.device) -> Mapping[str, Any]:
+    """A checkpoint whose entry `key` is in memory where a model on `device` would go on to use it from the file."""
+    if device.type != "cpu" or key not in checkpoint:
+        return checkpoint
+    return {**checkpoint, key: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, checkpoint[key])}
+
+
+def _tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its place, as ``['state_dict']['net.first.adapter.lora_A']``."""
+    for place, leaf in tree_flatten_with_path(dict(checkpoint))[0]:
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield keystr(place), leaf
+
+
+def _texts(state: Any) -> Iterator[str]:
+    """The texts in a callback's state, keys of tables included."""
+    if isinstance(state, str):
+        yield state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _texts(key)
+            yield from _texts(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _texts(value)
+
+
+def _check_records(file: Path) -> None:
+    """See that the file is a whole zip as torch writes it; every record but the tensors' is read and compared.
+
+    Raises:
+        CheckpointError, OSError, zipfile.BadZipFile: It is not.
+    """
+    size = file.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{file} is empty: the disk was full, or another program wrote it. {_EARLIER}")
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if ".." in PurePosixPath(record.filename).parts or record.filename.startswith("/"):
+                raise CheckpointError(f"{file} names {record.filename!r}, which leads out of it: it is not opened")
+            if record.compress_type != zipfile.ZIP_STORED or record.header_offset + record.file_size > size:
+                raise CheckpointError(f"{file}: {record.filename!r} is compressed or larger than the file. {_EARLIER}")
+            if not _TENSOR.fullmatch(record.filename):
+                archive.read(record)  # raises where the checksum differs
+
+
+def _refusal(file: Path, text: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found is None:
+        return f"{file} is no whole checkpoint file ({text.splitlines()[0]}). {_EARLIER}"
+    return (
+        f"{file} holds an object of {found[1]!r}, which only a pickle can make, and pickles run what they are told to: "
+        "it is not loaded. If it is yours and you trust it, name the class in `torch.serialization.add_safe_globals`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _copied_if_small(leaf: Any) -> Any:
+    """What lives as long as the run must not hang on the file."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.nbytes <= _SMALL else leaf
