@@ -22,6 +22,7 @@ from lightning_lora.config import DTypeName
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.io.checkpoint import load_state
+from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merged_folder import check_target, write_merged
 from lightning_lora.io.names import adapter_root
@@ -243,8 +244,8 @@ def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
         if os.path.isdir(adapter_path(path)):
             load_adapter(pl_module, adapter_path(path))
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            load_state(pl_module, checkpoint, strict=False)  # another strategy's file holds the base too
+            checkpoint = read_checkpoint(path)
+            load_state(pl_module, checkpoint, strict=False, file=path)  # another strategy's file holds the base too
         yield path
     finally:
         load_adapter_state(pl_module, own)

@@ -36,6 +36,7 @@ from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.conversion import config_for
 from lightning_lora.io.folder import (
     CONFIG,
+    FORMAT,
     PREFIX,
     RECORD,
     WEIGHTS,
@@ -44,6 +45,7 @@ from lightning_lora.io.folder import (
     compare_shapes,
     package_version,
 )
+from lightning_lora.io.integrity import check_finite, digests
 from lightning_lora.io.names import (
     adapter_root,
     clean,
@@ -149,6 +151,7 @@ def save_adapter(
     else:
         config, tensors = _contents(model, cast)
         record = _record_entry(model, adapter_record(model))
+    record |= {"format": FORMAT, "digests": digests(tensors.items())}
     with atomic_folder(path) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -182,11 +185,14 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
         compare_shapes(_expected(model), folder.shapes(), folder.path)
         strengths = _strengths(model, folder)
         _notice_packing(model, folder)
+        config = None
     else:
-        apply_lora(model, config_for(model, folder))
-        strengths = {}
-    state = {}
+        strengths, config = {}, config_for(model, folder)
     tensors = folder.tensors()
+    check_finite(tensors, folder.path)
+    if config is not None:
+        apply_lora(model, config)
+    state = {}
     for key, raw, _ in _entries(model):
         state[clean_name(raw)] = tensors[key]
     load_adapter_state(model, state)

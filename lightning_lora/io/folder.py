@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from lightning_lora.config import scaling
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, Notice
 from lightning_lora.io.atomic import recover
+from lightning_lora.io.integrity import check_digests
 from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
 from lightning_lora.model.inner import inner_model
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
+#: Of `RECORD`; a folder without it is of the first or of PEFT's.
+FORMAT = 1
 PREFIX = "base_model.model."  # before every key
 #: What an adapter folder may consist of, and nothing else when it is replaced or removed.
 KNOWN_FILES = (CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md")  # PEFT writes a model card
@@ -66,12 +69,32 @@ class AdapterFolder:
             hint = "; its .bin is a pickle, which is not opened: save it again as safetensors" if pickled else ""
             raise CheckpointError(f"{path} has no {WEIGHTS}{hint}")
         record = _read_json(path / RECORD) if (path / RECORD).exists() else {}
-        return cls(path, config, record)
+        version = record.get("format", FORMAT)
+        if not isinstance(version, int) or version < 1:
+            raise CheckpointError(
+                f"{path / RECORD}: format {version!r} is none that was written: save the folder again"
+            )
+        if version > FORMAT:
+            raise CheckpointError(f"{path / RECORD} is of format {version}, this package knows {FORMAT}: update it")
+        folder = cls(path, config, record)
+        folder._check_ranks()
+        return folder
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the folder, on the CPU."""
+        """Every tensor of the folder, on the CPU; those of a folder of ours are compared with their digests.
+
+        Raises:
+            CheckpointError: The file is broken, or holds other values than were written.
+        """
         with self._open() as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        expected = self.record.get("digests")
+        if isinstance(expected, Mapping):
+            remedy = (
+                f"Take an earlier adapter; if another program wrote the file on purpose, remove {self.path / RECORD}"
+            )
+            check_digests(expected, tensors, self.path / WEIGHTS, remedy)
+        return tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading them."""
@@ -102,11 +125,24 @@ class AdapterFolder:
         name = self.config.get("base_model_name_or_path")
         compare_fingerprints(expected, actual, f"the adapters in {self.path}" + (f" (base {name!r})" if name else ""))
 
+    def _check_ranks(self) -> None:
+        """See that the configuration speaks of the tensors there are, before a model is made by it."""
+        for key, shape in self.shapes().items():
+            name, found, factor = key.removeprefix(PREFIX).rpartition(".lora_A.weight")
+            if found and not factor and len(shape) == 2 and self.spec.rank(name) != shape[0]:
+                raise CheckpointError(
+                    f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in {WEIGHTS}: "
+                    "one of the two was changed. Save the adapter again"
+                )
+
     def _open(self) -> Any:
+        file = self.path / WEIGHTS
         try:
-            return safe_open(self.path / WEIGHTS, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path / WEIGHTS} is no whole safetensors file: {error}") from error
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is no whole safetensors file, or may not be read: {error}. Take an earlier adapter"
+            ) from error
 
 
 def compare_fingerprints(
@@ -197,8 +233,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} is no adapter folder: it has no {path.name}")
     try:
         value = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror}. Give this user read permission") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(f"{path} is no JSON: {error}. Take an earlier adapter") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

@@ -181,7 +181,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
         strict: Whether keys that no adapter owns are an error too.
 
     Raises:
-        AdapterMismatchError: A key is missing, unknown, or of another shape.
+        AdapterMismatchError: A key is missing, unknown, of another shape or of another kind of values; other floats
+            are cast.
     """
     own = {clean_name(name): tensor for name, tensor in _trained(model).items()}
     missing = [name for name in own if name not in state]
@@ -189,10 +190,18 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
     if missing or unknown:
         raise AdapterMismatchError(_key_problem(missing, unknown, own, state))
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+        found = state[name]
+        if not isinstance(found, Tensor):
+            raise AdapterMismatchError(f"{name!r} is a {type(found).__name__} in the file and no tensor")
+        if tensor.shape != found.shape:
             raise AdapterMismatchError(
-                f"{name!r} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model: "
+                f"{name!r} is {tuple(found.shape)} in the file and {tuple(tensor.shape)} in the model: "
                 "was the adapter trained with another rank or on another base?"
+            )
+        if (tensor.is_floating_point(), tensor.is_complex()) != (found.is_floating_point(), found.is_complex()):
+            raise AdapterMismatchError(
+                f"{name!r} is of {found.dtype} in the file and of {tensor.dtype} in the model: values of another kind. "
+                "Save the adapter again, as floats"
             )
     for name, tensor in own.items():
         tensor.copy_(state[name])

@@ -381,7 +381,10 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     refused(MergeError, r"is \(63, 64\) in the adapter and \(64, 64\) in the base", tmp_path)
     changed(lambda t: t.update({f"{q}.lora_B.weight": torch.full((64, 4), float("nan"))}))
     refused(MergeError, "not finite", tmp_path)
-    changed(lambda t: t.update({f"{q.replace('0', '7')}.lora_{x}.weight": torch.ones(64, 64) for x in "AB"}))
+    beyond = q.replace("0", "7")
+    changed(
+        lambda t: t.update({f"{beyond}.lora_A.weight": torch.ones(4, 64), f"{beyond}.lora_B.weight": torch.ones(64, 4)})
+    )
     refused(MergeError, "is it another base", tmp_path)
     changed(lambda t: t.update({"base_model.model.model.norm.bias": torch.ones(64)}))
     refused(MergeError, "has no 'model.norm.bias'", tmp_path)
