@@ -6,7 +6,7 @@ from __future__ import annotations
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.strategies.ddp import AdapterDDPStrategy
+from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
 from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
 from lightning_lora.strategies.state import AdapterStateMixin
 
@@ -40,4 +40,5 @@ def attach(strategy: Strategy) -> None:
             f"`LoRA` does not work with `{kind.__name__}` in this version; it works on a single device and with "
             '`strategy="ddp"`'
         )
-    strategy.__class__ = type(f"Adapter{kind.__name__}", (AdapterStateMixin, kind), {})
+    mixin = ReplicatedBaseMixin if isinstance(strategy, DDPStrategy) else AdapterStateMixin
+    strategy.__class__ = type(f"Adapter{kind.__name__}", (mixin, kind), {})
