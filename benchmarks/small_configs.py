@@ -8,8 +8,10 @@ together is tried again with the values of the next entry of `RECIPES`.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 VOCAB = 128
@@ -22,14 +24,15 @@ RULES: list[tuple[str, Any]] = [
     (r"(linear_num_key_heads|linear_num_value_heads)", 4),
     (r"mamba_num_heads|mamba_n_heads|mamba_nheads|n_mamba_heads|mamba_n_groups|mamba_ngroups|n_groups", "{mamba}"),
     (r".*heads|n_head|n_heads|num_heads|heads", "{heads}"),
-    (r"qk_rope_head_dim|rotary_dim|qk_rope_dim|index_head_dim|pos_embedding_dim", 16),
+    (r"qk_rope_head_dim|qk_nope_head_dim", "{half}"),
+    (r"rotary_dim|qk_rope_dim|index_head_dim|pos_embedding_dim", 16),
     (r"mamba_head_dim|mamba_d_head|mamba_headdim", "{mamba_dim}"),
     (r".*head_dim|d_kv|head_size|kv_channels|attention_head_size|.*_head_size", 16),
     (r".*lora_rank|.*_rank|time_step_rank|mamba_dt_rank", 16),
     (r"(num|n)_(hidden_|decoder_|encoder_|global_|transformer_)?layers?|n_layers?|decoder_layers|encoder_layers"
      r"|num_blocks|depth|num_layers_.*|n_encoder_layers|n_decoder_layers|text_layers|num_mamba_layers", "{layers}"),
     (r"num_kv_shared_layers|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers|mtp_num_layers", 0),
-    (r"num_experts_per_tok|moe_topk|top_k_experts|moe_top_k|num_selected_experts|moe_k|experts_per_token|topk", 2),
+    (r"num_experts_per_tok(en)?|moe_topk|top_k_experts|moe_top_k|num_selected_experts|moe_k|experts_per_token|topk", 2),
     (r".*num_(local_|routed_|total_)?experts|n_routed_experts|moe_num_experts|num_local_experts|zero_expert_num", 4),
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"n_shared_experts|num_shared_experts|num_shared_expert", 1),
@@ -48,36 +51,68 @@ RULES: list[tuple[str, Any]] = [
     (r".*conv_channels|.*_channels", "{same}"),
 ]  # fmt: skip
 
+#: What the braces in `RULES` stand for; "layers" null leaves the layers as many as they are, "fill" gives numbers to
+#: some entries that are null.
 RECIPES: list[dict[str, Any]] = [
-    {"layers": 2, "heads": 4, "kv": 2, "mamba": 2, "mamba_dim": 64},
-    {"layers": 2, "heads": 4, "kv": 4, "mamba": 8, "mamba_dim": 16},
-    {"layers": 4, "heads": 4, "kv": 2, "mamba": 8, "mamba_dim": 16},
-    {"layers": 6, "heads": 4, "kv": 4, "mamba": 1, "mamba_dim": 128},
-    {"layers": 12, "heads": 4, "kv": 1, "mamba": 2, "mamba_dim": 64},
+    {"layers": 2, "heads": 4, "kv": 2, "mamba": 2, "mamba_dim": 64, "half": 16},
+    {"layers": 2, "heads": 4, "kv": 4, "mamba": 8, "mamba_dim": 16, "half": 8, "fill": True},
+    {"layers": 4, "heads": 8, "kv": 8, "mamba": 8, "mamba_dim": 16, "half": 16},
+    {"layers": None, "heads": 4, "kv": 2, "mamba": 8, "mamba_dim": 16, "half": 16},
+    {"layers": None, "heads": 4, "kv": 4, "mamba": 2, "mamba_dim": 64, "half": 16, "fill": True},
 ]
 
+FILL: dict[str, Any] = {
+    "head_dim": "{head_dim}",
+    "num_key_value_heads": "{kv}",
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "layer_types": "{layer_types}",
+    "default_language": "{default_language}",
+}
 
-def small_configs(config_class: type) -> Iterator[Any]:
-    """Configurations of a class, small ones, in the order in which they are worth a try."""
+
+def small_configs(config_class: type) -> Iterator[Callable[[], Any]]:
+    """What makes small configurations of a class, in the order in which they are worth a try; any may fail."""
     values = config_class().to_dict()
     subs = {key: value for key, value in getattr(config_class, "sub_configs", {}).items() if values.get(key)}
     for recipe in RECIPES:
         for trim in (False, True):
-            config = config_class(**_shrunk(values, recipe, trim, subs))
-            for part in (config, *(getattr(config, name, None) for name in subs)):
-                if getattr(part, "use_cache", None):
-                    part.use_cache = False
-            yield config
+            yield partial(_made, config_class, _shrunk(values, recipe, trim, subs), tuple(subs))
+
+
+def _made(config_class: type, values: dict[str, Any], subs: tuple[str, ...]) -> Any:
+    config = config_class(**copy.deepcopy(values))
+    for part in (config, *(getattr(config, name, None) for name in subs)):
+        if getattr(part, "use_cache", None):
+            part.use_cache = False
+    return config
 
 
 def _shrunk(values: dict[str, Any], recipe: dict[str, Any], trim: bool, subs: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     layers = next((v for k, v in values.items() if re.fullmatch(r"(num_hidden|num|n)_layers?", k)), None)
+    count = recipe["layers"] or layers
+    if recipe.get("fill"):
+        known = {
+            "head_dim": 16,
+            "kv": recipe["kv"],
+            "layer_types": ["full_attention"] * (count or 0),
+            "default_language": next(iter(values.get("languages") or []), None),
+        }
+        for key, value in FILL.items():
+            if key in values and values[key] is None:
+                found[key] = known[value.strip("{}")] if isinstance(value, str) else value
     for key, value in values.items():
         if key in subs and isinstance(value, dict):
             found[key] = _shrunk(value, recipe, trim, {}) | {"model_type": value.get("model_type", "")}
         elif isinstance(value, list) and layers and len(value) == layers and trim:
-            found[key] = value[: recipe["layers"]]
+            found[key] = value[:count]
+        elif key == "is_decoder":
+            found[key] = True
         elif (small := _small(key, value, recipe)) is not None:
             found[key] = small
     return found
