@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         set_adapter_scale,
     )
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
+    from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
     from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
     from lightning_lora.strategies.state import AdapterStateMixin
 
@@ -39,6 +40,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterDDPStrategy": "strategies.ddp",
+    "AdapterModelParallelStrategy": "strategies.model_parallel",
     "AdapterSingleDeviceStrategy": "strategies.single_device",
     "AdapterStateMixin": "strategies.state",
     "ApplyReport": "model.apply",
@@ -61,6 +63,7 @@ _HOME = {
 __all__ = [
     "AdapterCheckpoint",
     "AdapterDDPStrategy",
+    "AdapterModelParallelStrategy",
     "AdapterSingleDeviceStrategy",
     "AdapterStateMixin",
     "ApplyReport",

@@ -23,12 +23,13 @@ ORDER: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": (),
     "rng": (),
-    "nn": ("adapter", "functional", "quantized", "adopted", "linear", "saved"),
-    "model": ("inner", "targets", "fingerprint", "apply", "gradients", "optimizers"),
+    "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
+    "model": ("inner", "targets", "fingerprint", "apply", "sharding", "gradients", "optimizers"),
     "io": (
         "atomic",
         "integrity",
         "checkpoint_file",
+        "distributed",
         "peft_rules",
         "names",
         "folder",
@@ -52,7 +53,10 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("encoding", "forward", "scoring", "monitor"),
     ),
     "reporting": ("forgetting",),
-    "strategies": ("checkpoint_io", "together", "state", "single_device", "ddp", "registry"),
+    "strategies": (
+        *("checkpoint_io", "together", "state", "sharded"),
+        *("single_device", "ddp", "model_parallel", "registry"),
+    ),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
     "cli": (),
 }

@@ -24,6 +24,7 @@ from lightning_lora.io.adapter import peft_config, save_adapter
 from lightning_lora.io.atomic import clean_leftovers, remove_folder
 from lightning_lora.io.folder import check_target
 from lightning_lora.model.apply import is_adapted
+from lightning_lora.strategies.registry import whole_module
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -123,8 +124,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._recent = [p for p in self._recent if p != filepath] + [filepath]
         check_target(adapter_path(filepath))
         super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            save_adapter(trainer.lightning_module, adapter_path(filepath))
+        module = whole_module(trainer)
+        if module is not None:
+            save_adapter(module, adapter_path(filepath))
         trainer.strategy.barrier("lightning_lora: adapter folder")
         while len(self._recent) > self.keep_last_n:
             old = self._recent.pop(0)

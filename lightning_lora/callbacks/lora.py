@@ -23,6 +23,7 @@ from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.strategies.registry import attach
+from lightning_lora.strategies.sharded import ShardedStateMixin
 
 
 class LoRA(Callback):
@@ -123,6 +124,8 @@ class LoRA(Callback):
         def converted() -> None:
             configure_model()
             self._convert(trainer, pl_module)
+            if isinstance(trainer.strategy, ShardedStateMixin):
+                trainer.strategy.shard(pl_module)
 
         def repaired() -> Any:
             result = configure_optimizers()

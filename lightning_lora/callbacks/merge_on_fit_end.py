@@ -22,13 +22,14 @@ from lightning_lora.config import DTypeName
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.io.checkpoint import load_state
-from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora.io.distributed import read_either
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merged_folder import check_target, write_merged
 from lightning_lora.io.names import adapter_root
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
 from lightning_lora.model.inner import is_hf_model
 from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.strategies.registry import whole_module
 
 ROWS = 4  # of a training batch that a transformers model is compared on
 
@@ -117,7 +118,8 @@ class MergeOnFitEnd(Callback):
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("MergeOnFitEnd: no merged model is written with `fast_dev_run`")
             return
-        _on_first_process(trainer, lambda: self._write(trainer, pl_module))
+        whole = whole_module(trainer, base=True)
+        _on_first_process(trainer, lambda: self._write(trainer, whole or pl_module))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say that nothing is written."""
@@ -131,7 +133,7 @@ class MergeOnFitEnd(Callback):
         self._inputs.stop()
         self._inputs.seen.clear()
 
-    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _write(self, trainer: pl.Trainer, pl_module: nn.Module) -> None:
         notes: dict[str, Any] = {"weights": self.weights, "base": "dequantized"}
         with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
             self.report = write_merged(
@@ -233,7 +235,7 @@ def _as_it_is() -> Iterator[None]:
 
 
 @contextmanager
-def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[str]:
+def _best_weights(trainer: pl.Trainer, pl_module: nn.Module) -> Iterator[str]:
     """Inside, the module has the best checkpoint's adapters; its own are put back, on exceptions too."""
     path = next((c.best_model_path for c in _checkpoints(trainer) if c.best_model_path), "")
     if not path:
@@ -244,7 +246,7 @@ def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
         if os.path.isdir(adapter_path(path)):
             load_adapter(pl_module, adapter_path(path))
         else:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_either(path, optimizers=False)
             load_state(pl_module, checkpoint, strict=False, file=path)  # another strategy's file holds the base too
         yield path
     finally:
@@ -253,7 +255,7 @@ def _best_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
             module.strength = strength
 
 
-def _find_tokenizer(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
+def _find_tokenizer(pl_module: nn.Module, trainer: pl.Trainer) -> Any:
     """The tokenizer or processor that the module or the datamodule holds, if there is one."""
     tokenizers, processors = (
         sys.modules.get(f"transformers.{name}") for name in ("tokenization_utils_base", "processing_utils")

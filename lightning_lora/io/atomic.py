@@ -80,7 +80,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], over_file: bool = False) -> Iterator[Path]:
     """Give an empty folder to fill; on leaving without an exception it becomes `path`, as a whole.
 
     A folder that already stands at `path` is moved aside first and removed when the new one is in place, so
@@ -88,16 +88,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The folder to write. Its parent is made when it is missing.
+        over_file: Whether a file that stands at `path` is replaced like a folder.
 
     Yields:
         The hidden folder to fill.
 
     Raises:
-        CheckpointError: When a file stands at `path`.
+        CheckpointError: When a file stands at `path`, and it is not to be replaced.
         WriteError: When there is no room or no permission.
     """
     target = Path(path)
-    if target.exists() and not target.is_dir():
+    if target.exists() and not target.is_dir() and not over_file:
         raise CheckpointError(
             f"a folder is to be written to {target}, but a file stands there: move it or choose another path."
         )
@@ -260,10 +261,10 @@ def _swap(part: Path, target: Path) -> None:
 
 
 def _is_in_the_way(part: Path, target: Path) -> bool:
-    """Whether no rename can replace the target: a folder, or a link by a folder."""
+    """Whether no rename can replace the target: a folder, or anything by a folder."""
     if target.is_symlink():
         return not part.is_symlink()
-    return target.is_dir()
+    return target.is_dir() or (target.exists() and part.is_dir())
 
 
 def _remove(path: Path) -> None:

@@ -34,7 +34,8 @@ from lightning_lora.errors import (
     BaseMismatchError,
     CheckpointError,
 )
-from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
+from lightning_lora.io.checkpoint_file import KEY
+from lightning_lora.io.distributed import read_either
 from lightning_lora.io.folder import compare_fingerprints
 from lightning_lora.io.integrity import check_finite
 from lightning_lora.model.apply import (
@@ -221,7 +222,7 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
         AlreadyAdaptedError: The module carries adapters of another configuration.
         AdapterMismatchError, BaseMismatchError: The adapters do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_either(path)
     if KEY not in checkpoint:
         raise CheckpointError(
             f"{os.fspath(path)!r} holds no adapters of this package; load it with `{cls.__name__}.load_from_checkpoint`"

@@ -31,6 +31,7 @@ from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
 from lightning_lora.nn.linear import LoRALinear, is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.sharded import is_sharded, piece
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
                 "Save the adapter again, as floats"
             )
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        tensor.copy_(piece(state[name], tensor))
 
 
 def trained_outside(model: nn.Module) -> list[str]:
@@ -248,9 +249,7 @@ def _refuse_converted(model: nn.Module) -> None:
             "the model already carries adapters of PEFT's: give the base model, after `merge_and_unload()` or "
             "`unload()`, and load a saved adapter with `lightning_lora.load_adapter`"
         )
-    sharded = [
-        name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")
-    ]
+    sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
     if sharded or any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise UnsupportedError(
             f"the model is already sharded ({(sharded or ['FSDP'])[0]!r}): call `apply_lora(self, config)` in "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import GradientError, Notice
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.sharded import whole
 
 PATIENCE = 5
 PATROL = 100
@@ -155,6 +156,6 @@ def _judge(grads: dict[str, Tensor]) -> tuple[set[str], bool]:
     """Names whose gradient is all zero, and whether all are finite; one transfer from the device."""
     if not grads:
         return set(), True
-    largest = torch.stack([g.detach().abs().amax().float().cpu() for g in grads.values()])
+    largest = torch.stack([whole(g.detach().abs().amax()).float().cpu() for g in grads.values()])
     finite = bool(torch.isfinite(largest).all())
     return {name for name, value in zip(grads, largest.tolist(), strict=True) if value == 0.0}, finite

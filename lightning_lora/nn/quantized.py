@@ -105,10 +105,17 @@ class PackedWeight(KeepsDType):
             packed.register_buffer(name, tensor)
         return packed
 
+    def as_parameters(self) -> None:
+        """Make frozen parameters of the buffers, as sharding wants them; a single constant stays a buffer."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.dim():
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
     @property
     def nbytes(self) -> int:
         """Bytes in use, constants included."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])
 
     @property
     def logical_numel(self) -> int:

@@ -3,17 +3,35 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch.nn import Module
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
+from lightning_lora.strategies.ddp import AdapterDDPStrategy
+from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy, ModelParallelStateMixin
 from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
 from lightning_lora.strategies.state import AdapterStateMixin
 
+STRATEGIES = (AdapterSingleDeviceStrategy, AdapterDDPStrategy, AdapterModelParallelStrategy)
+
+# What gives a user's own strategy of a kind the behaviour.
+_MIXINS: tuple[tuple[type, type[AdapterStateMixin]], ...] = (
+    (SingleDeviceStrategy, AdapterStateMixin),
+    (DDPStrategy, AdapterStateMixin),
+    (ModelParallelStrategy, ModelParallelStateMixin),
+)
+
 
 def register_strategies() -> None:
-    """Make ``strategy="lora"`` and ``"lora_ddp"`` known to the Trainer. Calling it again does nothing."""
-    for strategy in (AdapterSingleDeviceStrategy, AdapterDDPStrategy):
+    """Make ``strategy="lora"``, ``"lora_ddp"`` ... known to the Trainer. Calling it again does nothing."""
+    for strategy in STRATEGIES:
         if strategy.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(
                 strategy.strategy_name, strategy, description=(strategy.__doc__ or "").split("\n")[0]
@@ -35,10 +53,22 @@ def attach(strategy: Strategy) -> None:
         )
     if isinstance(strategy, AdapterStateMixin):
         return
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    mixin = next((mixin for base, mixin in _MIXINS if isinstance(strategy, base)), None)
+    if mixin is None:
         raise UnsupportedError(
             f"`LoRA` does not work with `{kind.__name__}` in this version; it works on a single device and with "
             '`strategy="ddp"`'
         )
-    mixin = ReplicatedBaseMixin if isinstance(strategy, DDPStrategy) else AdapterStateMixin
     strategy.__class__ = type(f"Adapter{kind.__name__}", (mixin, kind), {})
+
+
+def whole_module(trainer: Trainer, base: bool = False) -> Module | None:
+    """The Trainer's module, unsharded, on the first process and None on the others; every process calls it.
+
+    Args:
+        trainer: Any Trainer.
+        base: Whether the frozen base is wanted too, where the module is spread over processes.
+    """
+    if isinstance(trainer.strategy, AdapterStateMixin):
+        return trainer.strategy.whole_module(base)
+    return trainer.lightning_module if trainer.is_global_zero else None

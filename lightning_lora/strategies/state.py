@@ -20,13 +20,17 @@ from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.errors import CheckpointError, Notice
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
 from lightning_lora.io.checkpoint_file import unmapped
+from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.model.inner import clean_name
+from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
 from lightning_lora.strategies.together import together
@@ -43,6 +47,7 @@ class AdapterStateMixin(Strategy):
 
     # Lightning's strategies have these, though their common base does not declare them.
     world_size: int
+    is_global_zero: bool
     global_rank: int
 
     _resumed: tuple[Place, dict[str, Any]] | None = None
@@ -85,6 +90,14 @@ class AdapterStateMixin(Strategy):
                 kept = checkpoint[key]
                 checkpoint[key] = {name: kept.get(clean, tensor) for name, (clean, tensor) in whole.items()}
 
+    def whole_module(self, base: bool = False) -> torch.nn.Module | None:
+        """The module on the first process, None on the others; every process calls it.
+
+        Args:
+            base: Whether the frozen base is wanted too, where the module is spread over processes.
+        """
+        return self._converted_module() if self.is_global_zero else None
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -103,11 +116,11 @@ class AdapterStateMixin(Strategy):
                 checkpoint["loops"]["fit_loop"] = self._ended_at
         checkpoint[KEY] = entry
         with together(self.world_size, f"save {os.fspath(filepath)}"):
-            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self._write(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and tell its place in the epoch as Lightning resumes it rightly."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        checkpoint = self._read(checkpoint_path, weights_only)
         self._read_from = os.fspath(checkpoint_path)
         if "fit_loop" in checkpoint.get("loops", {}):
             fit_loop = checkpoint["loops"]["fit_loop"]
@@ -118,7 +131,7 @@ class AdapterStateMixin(Strategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Lightning calls this when training resumes, and only then; so the random state is taken here."""
-        super().load_optimizer_state_dict(unmapped(checkpoint, "optimizer_states", self.root_device))
+        self._load_optimizers(checkpoint)
         entry = checkpoint.get(KEY) or {}
         if "rng" not in entry:
             return
@@ -139,6 +152,18 @@ class AdapterStateMixin(Strategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._run_state = self._ended_at = None
         super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Packed weights are alike on all processes from here on: `DistributedDataParallel` need not send them."""
+        super().model_to_device()  # type: ignore[safe-super]
+        if self.world_size > 1 and self._trainer.state.fn == TrainerFn.FITTING:
+            module = self._converted_module()
+            packed = [(name, m) for name, m in module.named_modules() if isinstance(m, PackedWeight)]
+            names = [f"{name}.{own}" for name, m in packed for own, _ in m.named_buffers()]
+            for _, weight in packed:
+                for buffer in weight.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
     def on_train_start(self) -> None:
         """Lightning calls the strategy's hook after all callbacks' and the module's: the last before the loop."""
@@ -175,6 +200,23 @@ class AdapterStateMixin(Strategy):
         super().on_train_end()
         self._run_state = RNGState.capture().to_dict()
         self._ended_at = self._trainer.fit_loop.state_dict()
+
+    def _write(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None) -> None:
+        """Bring a checkpoint to the disk; called on every rank."""
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def _read(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
+        """A checkpoint of one file, or of shards that any number of processes wrote."""
+        if is_distributed(path):
+            return read_distributed(path, self._shard_like, optimizers=self._trainer.state.fn == TrainerFn.FITTING)
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+
+    def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(unmapped(checkpoint, "optimizer_states", self.root_device))
+
+    def _shard_like(self, name: str) -> Tensor | None:
+        """The sharded tensor that a tensor of a distributed checkpoint will be copied into."""
+        return None
 
     def _converted_module(self) -> torch.nn.Module:
         module = self.lightning_module

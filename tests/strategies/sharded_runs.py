@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a model that is spread over two processes; every rank leaves what it found in ``<folder>/rank<n>.pt``.
+
+``python tests/strategies/sharded_runs.py FOLDER``: Lightning's launcher starts the second rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lightning_lora import (
+    AdapterCheckpoint,
+    AdapterModelParallelStrategy,
+    LoRA,
+    LoRAConfig,
+    MergeOnFitEnd,
+    adapter_state_dict,
+    apply_lora,
+)
+from lightning_lora.nn.sharded import whole
+from tests.helpers import LM, TinyNet, Tokens, tiny_llama
+
+STEPS, CUT = 8, 5
+WORLD = 2
+
+
+class Own(LM):
+    """Shards itself, as people do who write ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_llama())
+
+    def configure_model(self) -> None:
+        """Adapters first, then the blocks, then the rest."""
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        apply_lora(self, LoRAConfig(r=4))
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.net.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class OwnLate(Own):
+    """Shards itself and leaves the adapters to the callback: too late."""
+
+    def configure_model(self) -> None:
+        """No adapters."""
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def strategy(**kwargs: Any) -> AdapterModelParallelStrategy:
+    """Over gloo."""
+    return AdapterModelParallelStrategy(process_group_backend="gloo", **kwargs)
+
+
+def trainer(folder: Path, how: Any, *callbacks: L.Callback, steps: int = STEPS, **kwargs: Any) -> L.Trainer:
+    """Two processes, saves every `CUT` steps."""
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
+    return L.Trainer(
+        accelerator="cpu", devices=kwargs.pop("devices", WORLD), strategy=how, logger=False, max_steps=steps,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, saves],
+        default_root_dir=folder, **kwargs,
+    )  # fmt: skip
+
+
+def loader() -> StatefulDataLoader:
+    """Shuffled, resumable, four items a process."""
+    data = Tokens(96)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = StatefulDistributedSampler(data, seed=3, num_replicas=WORLD, rank=rank)
+    return StatefulDataLoader(data, batch_size=4, sampler=sampler)
+
+
+def adapters(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    """Whole adapters, on every rank."""
+    return {name: whole(tensor).clone() for name, tensor in adapter_state_dict(module).items()}
+
+
+def fit(folder: Path, how: Any, config: dict[str, Any], ckpt: Path | None = None, **kwargs: Any) -> Any:
+    """Train from the same start; returns the module and its adapters."""
+    L.seed_everything(7, verbose=False)
+    module = kwargs.pop("module", None) or LM(tiny_llama())
+    run = trainer(folder, how, LoRA(**{"r": 4, **config}), *kwargs.pop("callbacks", ()), **kwargs)
+    run.fit(module, loader(), ckpt_path=ckpt)
+    return module, adapters(module)
+
+
+def resumes(folder: Path, quantize: str, shards: bool) -> dict[str, Any]:
+    """An uncut run and one from the middle."""
+    config = {"quantize": quantize, "lora_dropout": 0.1}
+    module, uncut = fit(folder / "uncut", strategy(save_distributed_checkpoint=shards), config)
+    cut = folder / "uncut" / f"step={CUT}.ckpt"
+    _, resumed = fit(folder / "resumed", strategy(save_distributed_checkpoint=shards), config, cut)
+    units = [name for name, m in module.named_modules() if isinstance(m, FSDPModule)]
+    mixed = [
+        name
+        for name, m in module.named_modules()
+        if isinstance(m, FSDPModule) and len({p.requires_grad for p in own_parameters(m)}) > 1
+    ]
+    codes = {n: (tuple(p.to_local().shape), tuple(p.shape)) for n, p in module.named_parameters() if "codes" in n}
+    return {"uncut": uncut, "resumed": resumed, "units": units, "mixed": mixed, "codes": codes}
+
+
+def own_parameters(unit: FSDPModule) -> list[torch.nn.Parameter]:
+    """The parameters that a unit itself holds."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    return [] if group is None else [p.sharded_param for p in group.fsdp_params]
+
+
+def caught(work: Any) -> str:
+    """The text of what it raises."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main() -> None:
+    """Everything, in order, on every rank."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder = Path(sys.argv[1])
+    found: dict[str, Any] = {}
+    for quantize in ("none", "nf4"):
+        for shards in (False, True):
+            found[f"{quantize}-{'shards' if shards else 'file'}"] = resumes(
+                folder / f"{quantize}-{shards}", quantize, shards
+            )
+    # a plain strategy of Lightning's around a module that shards itself
+    plain = {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"}
+    for shards in (False, True):
+        how = ModelParallelStrategy(**plain, save_distributed_checkpoint=shards)
+        _, found[f"own-{shards}"] = fit(folder / f"own-{shards}", how, {}, module=Own())
+    found["late"] = caught(lambda: fit(folder / "late", ModelParallelStrategy(**plain), {}, module=OwnLate()))
+    # callbacks over shards, and a plain module with a part trained in full
+    kept = AdapterCheckpoint(folder / "kept", filename="a", every_n_train_steps=CUT)
+    merge = MergeOnFitEnd(folder / "merged")
+    module, found["kept"] = fit(folder / "callbacks", strategy(), {"quantize": "nf4"}, callbacks=[kept, merge])
+    found["merge"] = None if merge.report is None else merge.report.to_dict()
+    config = {"modules_to_save": ["head"]}
+    _, found["saved"] = fit(folder / "saved", strategy(), config, module=LM(TinyNet()))
+    _, found["named"] = fit(folder / "named", strategy(fsdp_plan=[r"layers\.\d+", "mlp"]), {})
+    for quantize in ("none", "nf4"):
+        config = {"quantize": quantize, "lora_dropout": 0.1}
+        how = DDPStrategy(process_group_backend="gloo")
+        _, found[f"{quantize}-ddp"] = fit(folder / f"{quantize}-ddp", how, config)
+    found["unknown"] = caught(lambda: fit(folder / "unknown", strategy(fsdp_plan=["layer.0"]), {}))
+    torch.save(found, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    main()

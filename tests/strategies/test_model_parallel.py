@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP 2 over two gloo processes: adapters are units of their own, checkpoints hold them alone and resume exactly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_lora import AdapterModelParallelStrategy, LoRAConfig, apply_lora, load_from_checkpoint
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
+from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora.io.distributed import INDEX, META, is_distributed, read_either
+from lightning_lora.model.sharding import check_plan, find_blocks, shard_model
+from tests.helpers import LM, TinyNet, tiny_llama
+from tests.strategies.sharded_runs import CUT, STEPS, adapters, fit
+
+SCRIPT = Path(__file__).parent / "sharded_runs.py"
+KINDS = [f"{quantize}-{form}" for quantize in ("none", "nf4") for form in ("file", "shards")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one launch of two processes left."""
+    folder = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each rank found."""
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def cut(folder: Path, kind: str) -> Path:
+    """A checkpoint from the middle of an uncut run."""
+    quantize, form = kind.split("-")
+    return folder / f"{quantize}-{form == 'shards'}" / "uncut" / f"step={CUT}.ckpt"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference of a tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-6)) for n in a)
+
+
+def test_the_strategy_has_a_name() -> None:
+    assert "lora_model_parallel" in StrategyRegistry.available_strategies()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uncut(found: list[dict[str, Any]], kind: str) -> None:
+    first, second = (rank[kind] for rank in found)
+    assert same(first["uncut"], second["uncut"])
+    assert same(first["uncut"], first["resumed"])
+    assert any(tensor.abs().max() > 0 for name, tensor in first["uncut"].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_and_trained_parameters_share_no_unit(found: list[dict[str, Any]], kind: str) -> None:
+    first = found[0][kind]
+    assert len(first["units"]) == 14 + 2 + 1  # linears, blocks, root
+    assert first["mixed"] == []
+
+
+def test_packed_codes_are_spread(found: list[dict[str, Any]]) -> None:
+    codes = found[0]["nf4-file"]["codes"]
+    assert len(codes) == 14
+    assert all(local == (whole[0] // 2,) for local, whole in codes.values())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_trains_what_ddp_trains(found: list[dict[str, Any]], quantize: str) -> None:
+    """Equal but for the order of sums; both forms of checkpoint leave the run alone."""
+    sharded = found[0][f"{quantize}-file"]["uncut"]
+    assert same(sharded, found[0][f"{quantize}-shards"]["uncut"])
+    assert distance(sharded, found[0][f"{quantize}-ddp"]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_hold_adapters_alone(folder: Path, kind: str) -> None:
+    path = cut(folder, kind)
+    assert is_distributed(path) == kind.endswith("shards")
+    if is_distributed(path):
+        assert {f.name for f in path.iterdir()} == {META, INDEX, "__0_0.distcp", "__1_0.distcp"}
+    checkpoint = read_either(path)
+    assert len(checkpoint["state_dict"]) == 28
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert len(checkpoint["optimizer_states"][0]["state"]) == 28
+    assert len(checkpoint["lightning_lora"]["rng"]) == 2
+    assert [p for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_goes_on_from_two(folder: Path, found: list[dict[str, Any]], kind: str, tmp_path: Path) -> None:
+    config = {"quantize": kind.split("-")[0], "lora_dropout": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, _ = fit(tmp_path, "auto", config, cut(folder, kind), steps=CUT, devices=1)
+    state = read_either(cut(folder, kind))
+    assert same(adapters(module), state["state_dict"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, after = fit(tmp_path, "auto", config, cut(folder, kind), steps=STEPS, devices=1)
+    assert not same(after, state["state_dict"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_from_checkpoint_reads_both_forms(folder: Path, kind: str) -> None:
+    module = load_from_checkpoint(LM, cut(folder, kind), net=tiny_llama())
+    state = read_either(cut(folder, kind))
+    assert same(adapters(module), state["state_dict"])
+
+
+def test_a_module_that_shards_itself(found: list[dict[str, Any]]) -> None:
+    assert same(found[0]["own-False"], found[0]["own-True"])
+    assert distance(found[0]["own-True"], found[0]["named"]) < 1e-5
+    assert "already sharded" in found[0]["late"]
+    assert "before `fully_shard`" in found[0]["late"]
+
+
+def test_adapter_folders_and_merged_models_are_written(folder: Path, found: list[dict[str, Any]]) -> None:
+    from safetensors.torch import load_file
+
+    written = load_file(folder / "kept" / "a" / "adapter_model.safetensors")
+    state = read_checkpoint(folder / "kept" / "a.ckpt")["state_dict"]
+    names = {n.replace("net.", "base_model.model.", 1).replace(".adapter", "") + ".weight": n for n in state}
+    assert same({names[n]: t for n, t in written.items()}, state)
+    report = found[0]["merge"]
+    assert report["logit_error"] < 1e-5
+    assert report["checked_on"] == "a training batch"
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert same(found[0]["kept"], found[1]["kept"])
+
+
+def test_a_part_trained_in_full(found: list[dict[str, Any]]) -> None:
+    assert any(name.endswith("head.trained.weight") for name in found[0]["saved"])
+    assert same(found[0]["saved"], found[1]["saved"])
+
+
+def test_a_plan_of_names(found: list[dict[str, Any]]) -> None:
+    assert found[0]["unknown"].startswith("TargetError: `fsdp_plan` names 'layer.0', which matches no module")
+
+
+def test_blocks_are_found() -> None:
+    model = LM(tiny_llama())
+    apply_lora(model, LoRAConfig(r=2))
+    assert find_blocks(model) == ["net.model.layers.0", "net.model.layers.1"]
+    plain = LM(TinyNet())
+    apply_lora(plain, LoRAConfig(r=2))
+    assert find_blocks(plain) == []
+
+
+@pytest.mark.parametrize("plan", ["layers", 3, [""], [1]])
+def test_a_plan_that_is_none(plan: Any) -> None:
+    with pytest.raises(ConfigError, match=r'`fsdp_plan` must be "auto" or a list of module names'):
+        AdapterModelParallelStrategy(fsdp_plan=plan)
+    with pytest.raises(ConfigError, match="`fsdp_plan` must be"):
+        check_plan(plan)
+
+
+def test_what_is_refused_without_processes() -> None:
+    with pytest.raises(UnsupportedError, match="only a model with adapters is sharded here: call `apply_lora"):
+        shard_model(TinyNet(), None)  # type: ignore[arg-type]
+    model = TinyNet()
+    apply_lora(model, LoRAConfig(r=2))
+    with pytest.raises(TargetError, match="matches no module; there are, for one"):
+        shard_model(model, None, ["blocks"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="which is no regular expression"):
+        shard_model(model, None, ["("])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="`tensor_parallel_size` must be an integer of at least 1, got 0"):
+        AdapterModelParallelStrategy(tensor_parallel_size=0)
+
+
+def test_sizes_that_do_not_divide(tmp_path: Path) -> None:
+    how = AdapterModelParallelStrategy(tensor_parallel_size=3, process_group_backend="gloo")
+    with pytest.raises(ConfigError, match="`tensor_parallel_size=3` does not divide the 1 devices"):
+        fit(tmp_path, how, {}, devices=1)
+
+
+def test_the_yaml_of_a_plan_is_a_list() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_class_arguments(AdapterModelParallelStrategy, "strategy")
+    given = parser.parse_object({"strategy": {"fsdp_plan": ["layers.*"], "data_parallel_size": 2}})
+    assert parser.instantiate(given).strategy.fsdp_plan == ["layers.*"]
