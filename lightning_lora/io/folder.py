@@ -169,9 +169,10 @@ def compare_fingerprints(
         )
     elif expected and found and not same:
         raise BaseMismatchError(
-            f"{what} were trained on another base: expected fingerprint {expected['digest'][:16]} over "
-            f"{expected['tensors']} tensors, this base has {found['digest'][:16]} over {found['tensors']}. Load the "
-            "same pretrained weights, in the same dtype, before the adapters"
+            f"{what} were trained on another base: expected {expected.get('base')} with fingerprint "
+            f"{expected['digest'][:16]} over {expected['tensors']} tensors, this base is {found.get('base')} with "
+            f"{found['digest'][:16]} over {found['tensors']}. Load the same pretrained weights, in the same dtype, "
+            "before the adapters"
         )
 
 

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
@@ -51,6 +53,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     free = [name for name in linears if not _under(name, saved)]
     if config.target_modules == "all-linear":
         chosen = [name for name in free if name not in heads]
+        _say_other_maps(model)
         if not heads and _has_no_embedding(model):
             _notice_no_head(free)
     else:
@@ -106,12 +109,45 @@ def matches(spec: str | list[str], name: str, prefix: str = "") -> bool:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether `LoRALinear` can stand in for ``module``."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether `LoRALinear` can stand in for ``module``: a linear layer that maps vectors to vectors."""
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and not _is_other_map(module))
+
+
+def _is_other_map(module: nn.Linear) -> bool:
+    """Whether a subclass of `nn.Linear` gives something else than ``(..., out)`` for ``(..., in)``.
+
+    A router of a mixture of experts may give a tuple, a grouped layer reads its input in another shape. The layer is
+    called once without values, on the meta device; what cannot run there is taken for linear.
+    """
+    if type(module).forward is nn.Linear.forward or quantized_elsewhere(module) or "forward" in vars(module):
+        return False
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    bare = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    x = torch.empty(2, 5, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            y = functional_call(module, bare, (x,))
+    except NotImplementedError:
+        return False
+    except Exception as error:  # whatever a forward may raise that is given an input of the wrong shape
+        return "meta" not in str(error)
+    return not (isinstance(y, Tensor) and y.shape == (2, 5, module.out_features))
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name and is_adaptable(m)}
+
+
+def _say_other_maps(model: nn.Module) -> None:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_adaptable(m)]
+    if names:
+        kind = type(model.get_submodule(names[0])).__name__
+        warnings.warn(
+            f"{len(names)} layers, {names[0]!r} first ({kind}), are nn.Linear by class and compute something else "
+            "than (..., in) -> (..., out): they are left alone",
+            Notice,
+            stacklevel=4,
+        )
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

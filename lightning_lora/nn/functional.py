@@ -145,6 +145,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.device_type, ctx.bias_dtype = x.device.type, None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
+            if y._is_view():  # as with a bias and three dimensions: autograd would let nobody write into it
+                y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
             if lora_A is None or lora_B is None:
                 return y
             x2 = x.reshape(-1, x.shape[-1])

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
 from torch.nn import Module
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.strategies.ddp import AdapterDDPStrategy
+from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
 from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy, ModelParallelStateMixin
 from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
 from lightning_lora.strategies.state import AdapterStateMixin
@@ -24,7 +24,7 @@ STRATEGIES = (AdapterSingleDeviceStrategy, AdapterDDPStrategy, AdapterModelParal
 # What gives a user's own strategy of a kind the behaviour.
 _MIXINS: tuple[tuple[type, type[AdapterStateMixin]], ...] = (
     (SingleDeviceStrategy, AdapterStateMixin),
-    (DDPStrategy, AdapterStateMixin),
+    (DDPStrategy, ReplicatedBaseMixin),
     (ModelParallelStrategy, ModelParallelStateMixin),
 )
 

@@ -21,7 +21,6 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.errors import CheckpointError, Notice
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
@@ -30,7 +29,6 @@ from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.model.inner import clean_name
-from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
 from lightning_lora.strategies.together import together
@@ -152,18 +150,6 @@ class AdapterStateMixin(Strategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._run_state = self._ended_at = None
         super().setup(trainer)
-
-    def model_to_device(self) -> None:
-        """Packed weights are alike on all processes from here on: `DistributedDataParallel` need not send them."""
-        super().model_to_device()  # type: ignore[safe-super]
-        if self.world_size > 1 and self._trainer.state.fn == TrainerFn.FITTING:
-            module = self._converted_module()
-            packed = [(name, m) for name, m in module.named_modules() if isinstance(m, PackedWeight)]
-            names = [f"{name}.{own}" for name, m in packed for own, _ in m.named_buffers()]
-            for _, weight in packed:
-                for buffer in weight.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
     def on_train_start(self) -> None:
         """Lightning calls the strategy's hook after all callbacks' and the module's: the last before the loop."""

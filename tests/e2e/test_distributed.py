@@ -17,6 +17,7 @@ from lightning_lora.rng import RNGState
 from tests.e2e.runs import Scenario, cut_path, fit
 
 SCRIPT = Path(__file__).parent / "runs.py"
+ROOT = Path(__file__).parents[2]
 
 SHORT = {"steps": 14, "cut": 8, "size": 64}  # 8 steps an epoch
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -115,32 +116,65 @@ def test_adapters_of_two_processes_load_into_one(runs: Path, tmp_path: Path) -> 
     assert equal(torch.load(path)["state_dict"], adapter_state_dict(module))
 
 
-PACKED = """
+BASES = """
 import os, sys, torch, lightning as L
 from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora.errors import BaseMismatchError
 from tests.helpers import LM, TinyNet, loader, make_trainer
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
-torch.manual_seed(rank)  # another base on each rank: as without LoRA, that of the first counts
+found = {}
 
-class Look(L.Callback):
-    def on_train_start(self, trainer, pl_module):
-        self.sent_each_step = max(b.numel() for b in trainer.model.modules_buffers)
+def fit(name, seed, quantize="none", head=0, strategy="ddp"):
+    torch.manual_seed(seed)
+    module = LM(TinyNet())
+    torch.nn.init.normal_(module.net.head.weight, generator=torch.Generator().manual_seed(head))
+    torch.manual_seed(rank)
+    lora = LoRA(r=4, quantize=quantize, modules_to_save=["head"])
+    trainer = make_trainer(sys.argv[1], [lora], devices=2, strategy=strategy, max_steps=3)
+    try:
+        trainer.fit(module, loader())
+    except BaseMismatchError as error:
+        found[name] = str(error)
+    else:
+        found[name] = module.state_dict()
+        assert not hasattr(module, "_ddp_params_and_buffers_to_ignore")
 
-look, module = Look(), LM(TinyNet())
-trainer = make_trainer(sys.argv[1], [LoRA(r=4, quantize="nf4"), look], devices=2, strategy="ddp", max_steps=3)
-trainer.fit(module, loader())
-found = {"state": module.state_dict(), "sent_each_step": look.sent_each_step}
-torch.save(found, f"{sys.argv[1]}/{trainer.global_rank}.pt")
+fit("dense", 0, head=rank)
+fit("nf4", 0, "nf4", head=rank, strategy="lora_ddp")
+fit("other dense", rank)
+fit("other nf4", rank, "nf4", strategy="lora_ddp")
+torch.save(found, f"{sys.argv[1]}/{rank}.pt")
 """
 
 
-def test_packed_base_is_sent_once_and_not_at_each_step(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(PACKED)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+def test_the_base_is_compared_and_what_is_trained_starts_equal(tmp_path: Path) -> None:
+    """Two processes with other random adapters and other fresh heads; then with other bases."""
+    (tmp_path / "run.py").write_text(BASES)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
-    assert first["sent_each_step"] == second["sent_each_step"] <= 1
-    assert equal(first["state"], second["state"])
+    for name in ("dense", "nf4"):
+        assert "net.head.original.weight" in first[name]
+        assert equal(first[name], second[name])
+    for name in ("other dense", "other nf4"):
+        assert first[name] == second[name]
+        assert first[name].startswith("rank 1 of 2 built another base than rank 0, and the base is not sent")
+        assert "`lightning.seed_everything`" in first[name]
+
+
+def test_bytes_handed_to_collectives_are_those_of_the_adapters(tmp_path: Path) -> None:
+    """Against plain DDP of the same packed module, which sends the base at the start and its codes at each forward."""
+    command = [sys.executable, str(ROOT / "benchmarks/ddp_bytes.py"), "--tiny", "--threads", "1"]
+    command += ["--variants", "ours-nf4,plain-nf4", "--json", str(tmp_path / "bytes.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    ours, plain = found["ours-nf4"], found["plain-nf4"]
+    assert 0.95 < ours["step"] / ours["gradients"] < 1.05
+    assert ours["gradients"] <= ours["start"] < 1.1 * ours["gradients"]  # the adapters themselves, sent by rank 0
+    assert plain["start"] > plain["base"]
+    assert plain["step"] > 1.5 * plain["gradients"]

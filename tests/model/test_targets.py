@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, UnsupportedError
@@ -43,6 +43,35 @@ def test_all_linear_of_a_llama_is_all_but_the_head(tied: bool) -> None:
     assert chosen.adapted == chosen.packed == _llama_names(ATTENTION + MLP)
     assert chosen.saved == []
     assert find_heads(model) == {"lm_head"}
+
+
+class Router(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits, logits.argmax(-1)
+
+
+class Grouped(nn.Linear):
+    """Two block-diagonal halves, ``(..., 2, in) -> (..., 2, out / 2)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_linears_by_class_that_are_none_by_what_they_compute_are_left_alone() -> None:
+    model = nn.Sequential()
+    for name, kind in {"router": Router, "grouped": Grouped, "scaled": Scaled, "plain": nn.Linear}.items():
+        model.add_module(name, kind(8, 8))
+    said = notices(lambda: _targets(model))
+    assert _targets(model).adapted == ["scaled", "plain"]
+    assert any("2 layers, 'router' first (Router)" in text for text in said)
+    with pytest.raises(TargetError, match="'router', a Router: only linear layers"):
+        _targets(model, target_modules=["router", "plain"])
 
 
 def test_all_linear_inside_a_lightning_module() -> None:

@@ -107,6 +107,20 @@ def _saved_bytes(run: nn.Module, x: Tensor) -> tuple[int, Tensor]:
     return sum(kept.values()), y
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (3, 5, 64)])
+def test_the_output_may_be_written_into(bias: bool, enabled: bool, shape: tuple[int, ...]) -> None:
+    layer = make_layer(bias=bias)
+    layer.enabled = enabled
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad((layer(x) * 2 + 1).square().sum(), x)[0]
+    y = layer(x)
+    y *= 2
+    y += 1
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
 @pytest.mark.parametrize("quantize", BASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
