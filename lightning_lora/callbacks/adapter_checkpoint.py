@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.io.adapter import peft_config, save_adapter
-from lightning_lora.io.atomic import clean_leftovers, remove_folder
+from lightning_lora.io.atomic import atomic_link, clean_leftovers, remove_folder
 from lightning_lora.io.folder import check_target
 from lightning_lora.model.apply import is_adapted
 from lightning_lora.strategies.registry import whole_module
@@ -136,6 +136,10 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         if filepath in self._recent:
             return  # no longer among the best, still among the most recent
+        last, newest = self.last_model_path, self._last_checkpoint_saved
+        if trainer.is_global_zero and os.path.islink(last) and os.path.realpath(last) == os.path.realpath(filepath):
+            atomic_link(last, newest)  # else it would point to nothing until Lightning links anew
+            atomic_link(adapter_path(last), adapter_path(newest))
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             _remove_adapter(adapter_path(filepath))
@@ -145,10 +149,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         folder, link = adapter_path(filepath), adapter_path(linkpath)
         if not os.path.islink(link):
             check_target(link)
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
-        if trainer.is_global_zero and os.path.abspath(folder) != os.path.abspath(link):
-            remove_folder(link)
-            os.symlink(os.path.relpath(folder, os.path.dirname(link)), link, target_is_directory=True)
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            atomic_link(linkpath, filepath)
+            atomic_link(link, folder)
         trainer.strategy.barrier("lightning_lora: link to the adapter folder")
 
     def _is_among_best(self, filepath: str) -> bool:
