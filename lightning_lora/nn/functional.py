@@ -146,7 +146,7 @@ class _LoRALinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
             if y._is_view():  # as with a bias and three dimensions: autograd would let nobody write into it
-                y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
+                y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y.untyped_storage(), 0, y.shape, y.stride())
             if lora_A is None or lora_B is None:
                 return y
             x2 = x.reshape(-1, x.shape[-1])
