@@ -189,7 +189,7 @@ def one_step(library: Ours | Pefts, model: nn.Module) -> str:
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
     for hook in hooks:
         hook.remove()
-    for name in called:
+    for name in (name for name in layers if name in called):
         gradient = layers[name][1].grad
         if gradient is None:
             return f"{name} has no gradient"

@@ -160,7 +160,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(environment("peft", "bitsandbytes"))
     if args.stream:
-        shape, shard = ("tiny", "3MB") if args.tiny else ("2gb", "300MB")
+        shape, shard = ("tiny", "30MB") if args.tiny else ("2gb", "300MB")
         print(described(compare(shape, shard, 1 if args.tiny else args.rounds, args.scratch)))
         return
     tokenizer = load_tokenizer()

@@ -8,9 +8,9 @@ imported when they are first used; ``import lightning_lora`` costs what Lightnin
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
-
-from lightning_lora.strategies.registry import register_strategies
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -84,8 +84,17 @@ __all__ = [
 ]
 
 
+def _is_command() -> bool:
+    """Whether this process is ``lightning-lora`` or ``python -m lightning_lora``, whose help imports no torch."""
+    program = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else ""
+    return program.startswith("lightning-lora") or (program == "-m" and sys.orig_argv[1:3] == ["-m", __name__])
+
+
 # `Trainer(strategy="lora")` looks names up when it is made: they must be there by then.
-register_strategies()
+if not _is_command():
+    from lightning_lora.strategies.registry import register_strategies
+
+    register_strategies()
 
 
 def __getattr__(name: str) -> Any:

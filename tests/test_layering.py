@@ -58,7 +58,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "model_parallel", "registry"),
     ),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
-    "cli": (),
+    "cli": ("inspect", "merge", "main"),
 }
 
 ANYWHERE, IN_FUNCTIONS = "anywhere in the file", "inside a function"

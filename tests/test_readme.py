@@ -24,6 +24,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_lora.cli.main import build_parser
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KINDS = {"python", "yaml", "sh", "text"}
@@ -203,6 +205,11 @@ def check_command(words: list[str]) -> None:
             if not any(".help=" in arg for arg in args):
                 args = [*args, "--print_config" if "cli" in script else "--help"]
             assert run_script(script, args) == 0, f"{shlex.join(words)} does not run"
+        case ["lightning-lora", *args]:
+            try:
+                build_parser().parse_args(args)
+            except SystemExit as stop:
+                raise AssertionError(f"{shlex.join(words)} does not run") from stop
         case _:
             raise AssertionError(f"no rule checks the command {shlex.join(words)}")
 
@@ -211,6 +218,7 @@ def run_script(script: str, args: list[str]) -> Any:
     """Run a script of the repository as the interpreter does, in this process; its exit code."""
     argv, folder = sys.argv, Path.cwd()
     sys.argv = [script, *args]
+    sys.path.insert(0, str((ROOT / script).parent))
     os.chdir(ROOT)
     try:
         runpy.run_path(script, run_name="__main__")
@@ -218,6 +226,7 @@ def run_script(script: str, args: list[str]) -> Any:
         return stop.code or 0
     finally:
         sys.argv = argv
+        sys.path.remove(str((ROOT / script).parent))
         os.chdir(folder)
     return 0
 
@@ -234,6 +243,7 @@ def test_shell_block_would_run(block: Block) -> None:
         "make demonstration",
         'pip install "lightning-lora[quantum]"',
         "python examples/cli/main.py fit --trainer.callbacks+=lightning_lora.LoRaaa",
+        "lightning-lora inspect adapter --rank 3",
         "frobnicate",
     ],
 )

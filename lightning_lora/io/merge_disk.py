@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
@@ -79,6 +80,7 @@ def merge_to_disk(
     base: str = "dequantized",
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
+    progress: bool = True,
 ) -> DiskMergeReport:
     """Merge an adapter folder into a folder of safetensors, without loading the model.
 
@@ -93,6 +95,7 @@ def merge_to_disk(
             "original" adds the update to the base as it is. The same where training packed nothing.
         dtype: "auto" (each tensor's own), "fp32", "bf16" or "fp16".
         max_shard_size: Bytes of a file, or a text such as "5GB".
+        progress: Show a bar where the error output is a terminal.
 
     Returns:
         Errors by layer, also written as ``merge_report.json``.
@@ -120,8 +123,14 @@ def merge_to_disk(
                 "no place for: merge in memory with `merge_adapters`"
             )
         merge = _Merge(source, adapter, config, None if dtype == "auto" else torch_dtype(dtype), report)
-        report.files = write_shards(part, merge.entries, merge.tensor, limit, _say)
         report.nbytes = sum(entry.nbytes for entry in merge.entries.values())
+        with tqdm(total=report.nbytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+
+            def tensor(key: str) -> Tensor:
+                bar.update(merge.entries[key].nbytes)
+                return merge.tensor(key)
+
+            report.files = write_shards(part, merge.entries, tensor, limit, _say)
         dtypes = Counter(e.dtype for e in merge.entries.values() if e.dtype.is_floating_point)
         report.dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
         _check_written(part, merge.entries)

@@ -101,7 +101,8 @@ class GradientCheck:
         if names:
             raise GradientError(
                 f"{len(names)} adapted layers were called but got no gradient at the first optimizer step, "
-                f"{names[0]!r} first. {_CAUSES}; an optimizer step before any backward"
+                f"{names[0]!r} first. {_CAUSES}; an optimizer step before any backward. Layers that the model computes "
+                "without gradient by design (an indexer that picks tokens, say) belong into `exclude_modules`"
             )
 
     def _say_never_called(self, names: list[str]) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import logging
 import os
@@ -302,6 +304,19 @@ def test_an_interrupted_merge_leaves_nothing_and_can_be_run_again(tmp_path: Path
         logger.setLevel(level)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
     assert merge(tmp_path, max_shard_size="60KB").layers
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_in_a_terminal_and_only_there(tmp_path: Path) -> None:
+    trained(tmp_path)
+    for stream, progress, shown in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+        with contextlib.redirect_stderr(stream):
+            merge(tmp_path, progress=progress)
+        assert ("100%" in stream.getvalue()) is shown
 
 
 KILLED = """

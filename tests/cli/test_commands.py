@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``lightning-lora``: what it says, its exit codes, and that asking for help costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lightning_lora.cli.main import main
+from lightning_lora.config import LoRAConfig
+from lightning_lora.io.adapter import load_adapter, save_adapter
+from lightning_lora.io.merge import merge_adapters
+from lightning_lora.model.apply import apply_lora
+from tests.helpers import random_adapters, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from lightning_lora.cli.main import main
+try:
+    sys.exit(main())
+finally:
+    print([m for m in ("torch", "lightning", "transformers") if m in sys.modules], file=sys.stderr)
+"""
+
+
+def run(tmp_path: Path, *args: str, module: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: as pip's script of that name, or by ``python -m``."""
+    script = tmp_path / "lightning-lora"
+    script.write_text(SCRIPT)
+    start = ["-m", "lightning_lora"] if module else [str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, *start, *args], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+def folder(tmp_path: Path, **config: object) -> Path:
+    """An adapter folder of a tiny Llama that names its base."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    apply_lora(model, LoRAConfig(**{"r": 8, **config}))  # type: ignore[arg-type]
+    save_adapter(random_adapters(model), tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_help_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
+    for module in (False, True):
+        done = run(tmp_path, "--help", module=module)
+        assert done.returncode == 0, done.stderr
+        assert "inspect" in done.stdout
+        assert "merge" in done.stdout
+        assert module or done.stderr.strip() == "[]"
+    assert "--max_rank" in run(tmp_path, "inspect", "--help").stdout
+
+
+def test_the_script_that_pip_installs_is_this_one() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["lightning-lora"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def test_inspect_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run(tmp_path, "inspect", str(folder(tmp_path, use_rslora=True)))
+    assert done.returncode == 1
+    assert "vllm: ok" in done.stdout
+    assert "sglang: no" in done.stdout
+    assert 'Write it with `save_adapter(model, dir, layout="portable")`' in done.stdout
+    nowhere = run(tmp_path, "inspect", str(tmp_path / "nowhere"), module=True)
+    assert nowhere.returncode == 2
+    assert nowhere.stdout == ""
+    assert nowhere.stderr.strip() == f"lightning-lora inspect: error: there is no adapter folder at {tmp_path}/nowhere"
+
+
+def test_inspect_says_ok_or_what_is_wrong_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(folder(tmp_path, r=32))
+    assert main(["inspect", path, "--target", "peft"]) == 0
+    assert main(["inspect", path, "--target", "vllm"]) == 1
+    assert main(["inspect", path, "--target=vllm", "--max_rank=32"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", path, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["loaders"]["peft"] == []
+    assert {problem["rule"] for problem in report["loaders"]["vllm"]} == {"rank"}
+    assert main(["inspect", path, "--target", "ollama"]) == 2
+    assert "`target` must be one of" in capsys.readouterr().err
+
+
+def test_merge_writes_the_live_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = folder(tmp_path)
+    paths = [str(tmp_path / "base"), str(adapter), str(tmp_path / "merged")]
+    assert main(["merge", *paths, "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["files"] == ["model.safetensors"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    load_adapter(model, adapter)
+    merge_adapters(model)
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert main(["merge", *paths, "--dtype", "int3"]) == 2
+    assert "`dtype` must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [[], ["inspect"], ["unknown"], ["inspect", "a", "--rank", "3"]])
+def test_a_wrong_line_is_usage_and_exit_code_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert "lightning-lora" in capsys.readouterr().err
