@@ -39,6 +39,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "portable",
         "adapter",
         "checkpoint",
+        "resumable",
         "progress",
         "merge",
         "merged_folder",

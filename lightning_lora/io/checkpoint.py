@@ -12,6 +12,7 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
     fingerprint   of the base before packing, or None
     strength      what `set_adapter_scale` set, by name; modules at 1 are left out
     rng           one state of the random number generators a process (not in weights-only checkpoints)
+    loaders       of several processes: each one's places in its train loaders (the same)
     digests       of every tensor in the file, added and compared by `io.checkpoint_file`; since version 2
 """
 

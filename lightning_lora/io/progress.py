@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from torch.utils.data import DistributedSampler
 
+from lightning_lora.io.resumable import ResumableLoader, sampler_of
+
 Place = Literal["start", "inside", "between"]
 
 
@@ -52,24 +54,25 @@ def lost_places(loader: Any, place: Place) -> Iterator[str]:
         loader: As the Trainer uses it, its sampler perhaps replaced for several processes.
         place: Where the run is resumed.
     """
-    sampler = _sampler(loader)
-    keeps_place = hasattr(loader, "load_state_dict")
+    sampler = sampler_of(loader)
+    ours = isinstance(loader, ResumableLoader)
     inside = place == "inside"
-    if inside and not keeps_place:
+    if inside and not (loader.resumed if ours else hasattr(loader, "load_state_dict")):
         yield (
             f"the train loader ({type(loader).__name__}) cannot go on inside an epoch: it starts the epoch anew, so "
-            "this run will see other batches than an uncut one. Use torchdata's `StatefulDataLoader`"
+            f"this run will see other batches than an uncut one. {_remedy(loader)}"
         )
-    elif _forgets_order(sampler, inside):
+    elif ours and (unknown := loader.unknown_sampler()) is not None:
+        yield (
+            f"the order of the train loader is that of a {type(unknown).__name__}: the batches that were seen are "
+            "passed over, which is exact if the order of an epoch depends on the global random generators and on "
+            "`epoch` only. Otherwise give it a `state_dict` and use torchdata's `StatefulDataLoader`"
+        )
+    elif not ours and _forgets_order(sampler, inside):
         yield (
             f"the order of the shuffled train loader is not kept ({type(sampler).__name__}, as Lightning puts it in on "
-            "several processes): the resumed run has another. Use torchdata's `StatefulDistributedSampler(dataset, "
-            "seed=...)`"
-        )
-    elif not keeps_place and getattr(sampler, "generator", None) is not None:
-        yield (
-            "the train loader's sampler has a `generator` of its own, whose state is not kept: the resumed run has "
-            "another order. Use torchdata's `StatefulDataLoader`, or leave the generator to the global one"
+            "several processes): the resumed run has another. Use a plain `DataLoader`, or torchdata's "
+            "`StatefulDistributedSampler(dataset, seed=...)`"
         )
     if inside and getattr(loader, "num_workers", 0) > 0:
         yield (
@@ -79,10 +82,10 @@ def lost_places(loader: Any, place: Place) -> Iterator[str]:
         )
 
 
-def _sampler(loader: Any) -> Any:
-    """What gives the order; Lightning puts its own in under a batch sampler and leaves ``loader.sampler`` idle."""
-    batches = getattr(loader, "batch_sampler", None)
-    return getattr(batches, "sampler", getattr(loader, "sampler", None))
+def _remedy(loader: Any) -> str:
+    if isinstance(loader, ResumableLoader):
+        return "The checkpoint holds no place for this loader: use the loader that the run was begun with"
+    return "Use a `DataLoader` over a dataset with indices, or torchdata's `StatefulDataLoader`"
 
 
 def _forgets_order(sampler: Any, inside: bool) -> bool:
@@ -98,6 +101,9 @@ def rewind(loader: Any) -> None:
 
     torchdata's `StatefulDistributedSampler` keeps its place until it is iterated over for the first time.
     """
-    sampler = _sampler(loader)
+    if isinstance(loader, ResumableLoader):
+        loader.rewind()
+        return
+    sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler) and hasattr(sampler, "load_state_dict"):
         sampler.load_state_dict({"yielded": 0})

@@ -27,6 +27,7 @@ from lightning_lora.io.checkpoint import KEY, load_state, metadata
 from lightning_lora.io.checkpoint_file import unmapped
 from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
+from lightning_lora.io.resumable import resumable
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from lightning_lora.model.inner import clean_name
 from lightning_lora.rng import RNGState
@@ -112,6 +113,8 @@ class AdapterStateMixin(Strategy):
             entry["rng"] = self._gather_random_states()
             if self._ended_at is not None:  # the loader has forgotten its place by now
                 checkpoint["loops"]["fit_loop"] = self._ended_at
+            if self.world_size > 1:
+                entry["loaders"] = self._gather(checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader"))
         checkpoint[KEY] = entry
         with together(self.world_size, f"save {os.fspath(filepath)}"):
             self._write(checkpoint, filepath, storage_options)
@@ -123,8 +126,12 @@ class AdapterStateMixin(Strategy):
         if "fit_loop" in checkpoint.get("loops", {}):
             fit_loop = checkpoint["loops"]["fit_loop"]
             settle(fit_loop)
-            if len((checkpoint.get(KEY) or {}).get("rng", [])) not in (0, self.world_size):
+            entry = checkpoint.get(KEY) or {}
+            loaders = entry.get("loaders") or []
+            if len(entry.get("rng", [])) not in (0, self.world_size):
                 fit_loop["state_dict"].pop("combined_loader", None)  # of one rank's share of the data
+            elif len(loaders) == self.world_size and loaders[self.global_rank] is not None:
+                fit_loop["state_dict"]["combined_loader"] = loaders[self.global_rank]  # Lightning keeps rank 0's
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -150,6 +157,11 @@ class AdapterStateMixin(Strategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._run_state = self._ended_at = None
         super().setup(trainer)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """A plain train loader is given a place in its epoch, which Lightning then keeps as it does torchdata's."""
+        dataloader = super().process_dataloader(dataloader)
+        return resumable(dataloader) if self._trainer.training else dataloader
 
     def on_train_start(self) -> None:
         """Lightning calls the strategy's hook after all callbacks' and the module's: the last before the loop."""
@@ -243,11 +255,15 @@ class AdapterStateMixin(Strategy):
         """The run's random state on each process."""
         if self._run_state is None or (self._ended_at is None and not self._in_fit_validation()):
             self._run_state = RNGState.capture().to_dict()
+        return self._gather(self._run_state)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Each process's value, in order of ranks."""
         if self.world_size == 1:
-            return [self._run_state]
-        states: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(states, self._run_state)
-        return states
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
@@ -102,7 +103,7 @@ class Scenario:
     folder: str
     quantize: str = "none"
     devices: int = 1
-    loader: str = "stateful"  # plain, stateful, stateful_injected
+    loader: str = "stateful"  # plain, generator, weighted, batches, no_batches, iterable, stateful, stateful_injected
     size: int = STEPS * 4
     batch: int = 4
     workers: int = 0
@@ -120,11 +121,58 @@ def train_loader(s: Scenario) -> DataLoader:
     """The scenario's loader, shuffled."""
     data: Dataset = Tokens(s.size)
     data = Noisy(data) if s.noisy else data
-    kind = DataLoader if s.loader == "plain" else StatefulDataLoader
-    if s.devices > 1 and s.loader == "stateful":
+    values: dict[str, Any] = {"batch_size": s.batch, "num_workers": s.workers}
+    if s.loader == "stateful" and s.devices > 1:
         sampler = StatefulDistributedSampler(data, seed=3, num_replicas=s.devices, rank=_rank())
-        return StatefulDataLoader(data, batch_size=s.batch, sampler=sampler, num_workers=s.workers)
-    return kind(data, batch_size=s.batch, shuffle=True, num_workers=s.workers)
+        return StatefulDataLoader(data, sampler=sampler, **values)
+    if s.loader.startswith("stateful"):
+        return StatefulDataLoader(data, shuffle=True, **values)
+    if s.loader == "generator":
+        return DataLoader(data, shuffle=True, generator=torch.Generator().manual_seed(5), **values)
+    if s.loader == "weighted":
+        return DataLoader(data, sampler=WeightedRandomSampler(torch.arange(s.size) + 1.0, s.size), **values)
+    if s.loader == "batches":
+        return DataLoader(data, batch_sampler=Neighbours(s.size, s.batch), num_workers=s.workers)
+    if s.loader == "no_batches":
+        return DataLoader(Batched(data), batch_size=None, sampler=RandomSampler(data), num_workers=s.workers)
+    if s.loader == "iterable":
+        return DataLoader(Stream(data), **values)
+    return DataLoader(data, shuffle=True, **values)
+
+
+class Neighbours(Sampler):
+    """Batches of neighbours in a random order, a batch sampler as people write them."""
+
+    def __init__(self, size: int, batch: int) -> None:
+        self.batches = [list(range(start, start + batch)) for start in range(0, size, batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.batches)))
+        random.shuffle(order)
+        return iter([self.batches[i] for i in order])
+
+
+class Batched(Dataset):
+    """One item is a batch."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.data[index][None]
+
+
+class Stream(IterableDataset):
+    """The items in order, without indices."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.data[i] for i in range(len(self.data)))  # type: ignore[arg-type]
 
 
 def _rank() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.runs import Scenario, fit, play
+from tests.e2e.runs import Scenario, cut_path, fit, play
 
 EXACT: dict[str, dict[str, Any]] = {
     # inside an epoch, whichever hook writes the checkpoint
@@ -44,6 +44,18 @@ EXACT: dict[str, dict[str, Any]] = {
                                "drawing": True, "noisy": True},
     "plain_after_fit": {"loader": "plain", "size": 32, "cut": 16, "save": "after"},
     "plain_workers": {"loader": "plain", "size": 32, "cut": 8, "save": "epoch_end", "workers": 2, "noisy": True},
+    "plain_generator_end": {"loader": "generator", "size": 32, "cut": 16},
+    # a plain loader inside an epoch
+    "plain": {"loader": "plain", "noisy": True, "drawing": True},
+    "plain_second_epoch": {"loader": "plain", "size": 32, "noisy": True, "drawing": True},
+    "plain_inside_validation": {"loader": "plain", "drawing": True, "validation": True, "save": "monitor", "cut": 10,
+                                "size": 56, "noisy": True, "trainer": {"val_check_interval": 5}},
+    "plain_workers_inside": {"loader": "plain", "size": 48, "workers": 2},
+    "plain_inside_after_fit": {"loader": "plain", "save": "after", "drawing": True},
+    "plain_accumulation": {"loader": "plain", "size": 160, "schedule": True, "trainer": {"accumulate_grad_batches": 2}},
+    "generator": {"loader": "generator", "size": 56},
+    "weighted": {"loader": "weighted", "size": 56, "drawing": True},
+    "without_batches": {"loader": "no_batches", "size": 16},
 }  # fmt: skip
 
 
@@ -95,9 +107,24 @@ def test_schedule_of_epochs_is_not_shifted(tmp_path: Path) -> None:
         assert module.epochs == [2, 3]
 
 
-def test_plain_loader_inside_an_epoch_gives_a_notice(tmp_path: Path) -> None:
-    result = play(Scenario(str(tmp_path), loader="plain", steps=14, cut=11, size=80))
+def test_a_loader_without_indices_gives_a_notice(tmp_path: Path) -> None:
+    result = play(Scenario(str(tmp_path), loader="iterable", steps=14, cut=11, size=80))
     assert any("cannot go on inside an epoch" in n and "StatefulDataLoader" in n for n in result["notices"])
+
+
+def test_a_batch_sampler_of_the_users_goes_on_with_a_notice(tmp_path: Path) -> None:
+    result = play(Scenario(str(tmp_path), loader="batches", steps=20, cut=11, size=56))
+    assert_exact(result)
+    assert any("the order of the train loader is that of a Neighbours" in n for n in result["notices"])
+
+
+def test_a_checkpoint_without_a_place_gives_a_notice(tmp_path: Path) -> None:
+    """One written while the loader was of another kind, or by an older version."""
+    s = Scenario(str(tmp_path), loader="iterable", steps=14, cut=11, size=80)
+    fit(s, "cut", 11, seed=7)
+    s.loader = "plain"
+    _, notices = fit(s, "resumed", 14, seed=1, ckpt=cut_path(s))
+    assert any("The checkpoint holds no place for this loader" in n for n in notices)
 
 
 def test_worker_processes_give_a_notice(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def assert_adapter_only(path: Path, module: nn.Module) -> dict[str, Any]:
         assert len(state["state"]) <= trained
         assert sum(len(group["params"]) for group in state["param_groups"]) == trained
     wanted = tensors_in([checkpoint["state_dict"], checkpoint.get("optimizer_states", [])])
-    known = sum(t.numel() for t in tensors_in(checkpoint[KEY]))
+    known = sum(t.numel() for t in tensors_in([checkpoint[KEY], checkpoint["loops"]]))
     everything = tensors_in(checkpoint)
     scores = sum(t.numel() for t in tensors_in(checkpoint.get("callbacks", {})) if t.dim() == 0)
     assert sum(t.numel() for t in everything) == sum(t.numel() for t in wanted) + known + scores  # no other tensors
@@ -149,7 +149,7 @@ def test_averaged_weights_are_adapters_too(tmp_path: Path) -> None:
     assert checkpoint["state_dict"].keys() == checkpoint["current_model_state"].keys() == own.keys()
     assert checkpoint["averaging_state"].keys() == {"n_averaged"}
     assert not any(torch.equal(checkpoint["state_dict"][n], t) for n, t in checkpoint["current_model_state"].items())
-    known = tensors_in([checkpoint[k] for k in ("state_dict", "current_model_state", "optimizer_states", KEY)])
+    known = tensors_in([checkpoint[k] for k in ("state_dict", "current_model_state", "optimizer_states", "loops", KEY)])
     assert sum(t.numel() for t in tensors_in(checkpoint)) < sum(t.numel() for t in known) + 20
     whole, resumed = fit(12), fit(12, tmp_path / "step=6.ckpt")
     assert all(torch.equal(t, adapter_state_dict(resumed)[n]) for n, t in adapter_state_dict(whole).items())
