@@ -146,6 +146,11 @@ def _named(model: nn.Module, plan: Sequence[str]) -> list[str]:
             matching = [n for n in names if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", n)]
         except re.error as error:
             raise ConfigError(f"`fsdp_plan` holds {pattern!r}, which is no regular expression: {error}") from error
+        if not matching and any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", n.rstrip(".")) for n in inside):
+            raise TargetError(
+                f"`fsdp_plan` names {pattern!r}, an adapted layer: its adapter is a unit of its own already; name the "
+                "module around it"
+            )
         if not matching:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise TargetError(f"`fsdp_plan` names {pattern!r}, which matches no module; there are, for one, {near}")

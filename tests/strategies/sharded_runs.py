@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,67 @@ def own_parameters(unit: FSDPModule) -> list[torch.nn.Parameter]:
     return [] if group is None else [p.sharded_param for p in group.fsdp_params]
 
 
+class Wide(torch.nn.Module):
+    """A base of 67 MB, with adapters of 0.3 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 2048)
+        self.layers = torch.nn.ModuleList(
+            [torch.nn.Sequential(torch.nn.Linear(2048, 2048, bias=False), torch.nn.GELU()) for _ in range(4)]
+        )
+        self.head = torch.nn.Linear(2048, 64, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def anonymous() -> int:
+    """Memory of this process that is no mapped file [bytes]."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+class Peak(threading.Thread):
+    """The largest growth of `anonymous` memory while a block runs, looked at every millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.growth, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        """Look."""
+        while not self.over.wait(0.001):
+            self.growth = max(self.growth, anonymous() - self.start_at)
+
+    def __enter__(self) -> Peak:
+        self.start_at = anonymous()
+        self.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def memory(folder: Path, shards: bool) -> dict[str, int]:
+    """What a save of a large model takes, beside the size of the model and of its adapters [bytes]."""
+    L.seed_everything(7, verbose=False)
+    module = LM(Wide())
+    run = trainer(folder, strategy(save_distributed_checkpoint=shards), LoRA(r=4), steps=2)
+    run.fit(module, loader())
+    run.save_checkpoint(folder / "warm.ckpt")  # what torch allocates once
+    with Peak() as peak:
+        run.save_checkpoint(folder / "a.ckpt")
+    tensors = {name: p.numel() * p.element_size() for name, p in module.named_parameters()}
+    small = sum(size for name, size in tensors.items() if "lora_" in name)
+    return {"peak": peak.growth, "base": sum(tensors.values()) - small, "adapters": small}
+
+
 def caught(work: Any) -> str:
     """The text of what it raises."""
     try:
@@ -161,6 +223,8 @@ def main() -> None:
         config = {"quantize": quantize, "lora_dropout": 0.1}
         how = DDPStrategy(process_group_backend="gloo")
         _, found[f"{quantize}-ddp"] = fit(folder / f"{quantize}-ddp", how, config)
+    for shards in (False, True):
+        found[f"memory-{shards}"] = memory(folder / f"memory-{shards}", shards)
     found["unknown"] = caught(lambda: fit(folder / "unknown", strategy(fsdp_plan=["layer.0"]), {}))
     torch.save(found, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
 

@@ -155,6 +155,14 @@ def test_a_plan_of_names(found: list[dict[str, Any]]) -> None:
     assert found[0]["unknown"].startswith("TargetError: `fsdp_plan` names 'layer.0', which matches no module")
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_save_gathers_no_base(found: list[dict[str, Any]], shards: bool) -> None:
+    """Adapters and their optimizer state (3x) are what a save may hold, and less than a shard of the base beside."""
+    for rank in found:
+        seen = rank[f"memory-{shards}"]
+        assert seen["peak"] < 2 * 3 * seen["adapters"] + 0.1 * seen["base"] / 2, seen
+
+
 def test_blocks_are_found() -> None:
     model = LM(tiny_llama())
     apply_lora(model, LoRAConfig(r=2))
@@ -179,6 +187,8 @@ def test_what_is_refused_without_processes() -> None:
     apply_lora(model, LoRAConfig(r=2))
     with pytest.raises(TargetError, match="matches no module; there are, for one"):
         shard_model(model, None, ["blocks"])  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="`fsdp_plan` names 'second', an adapted layer.*name the module around it"):
+        shard_model(model, None, ["second"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="which is no regular expression"):
         shard_model(model, None, ["("])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="`tensor_parallel_size` must be an integer of at least 1, got 0"):
