@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         disable_adapters,
         set_adapter_scale,
     )
+    from lightning_lora.model.tensor_parallel import parallelize_adapted
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
     from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
     from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
@@ -55,6 +56,7 @@ _HOME = {
     "load_from_checkpoint": "io.checkpoint",
     "merge_adapters": "io.merge",
     "merge_to_disk": "io.merge_disk",
+    "parallelize_adapted": "model.tensor_parallel",
     "save_adapter": "io.adapter",
     "set_adapter_scale": "model.apply",
     "validate_adapter": "io.loaders",
@@ -78,6 +80,7 @@ __all__ = [
     "load_from_checkpoint",
     "merge_adapters",
     "merge_to_disk",
+    "parallelize_adapted",
     "save_adapter",
     "set_adapter_scale",
     "validate_adapter",

@@ -24,7 +24,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "config": (),
     "rng": (),
     "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
-    "model": ("inner", "targets", "fingerprint", "apply", "sharding", "gradients", "optimizers"),
+    "model": ("inner", "targets", "fingerprint", "apply", "sharding", "tensor_parallel", "gradients", "optimizers"),
     "io": (
         "atomic",
         "integrity",

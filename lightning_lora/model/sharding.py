@@ -71,7 +71,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str] = 
     check_plan(plan)
     if not is_adapted(model):
         raise UnsupportedError("only a model with adapters is sharded here: call `apply_lora(model, config)` first")
-    if is_sharded_model(model):
+    if is_fully_sharded(model):
         raise UnsupportedError("the model is sharded already; leave the sharding to one place")
     blocks = find_blocks(model) if plan == "auto" else _named(model, plan)
     for weight in [m for m in model.modules() if isinstance(m, PackedWeight)]:
@@ -82,11 +82,14 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str] = 
     # their blocks and are made last, of what all others were told to ignore.
     for name in sorted(blocks, key=lambda n: -n.count(".")):
         fully_shard(model.get_submodule(name), mesh=mesh, ignored_params=trained)
-    for root in _roots(model):
-        fully_shard(root, mesh=mesh, ignored_params=trained)
+    roots = list(_roots(model))
+    for root in roots:
+        if not isinstance(root, LoRALinear):
+            fully_shard(root, mesh=mesh, ignored_params=trained)
     for module in adapters:
         unit = module.trained if isinstance(module, SavedModule) else module
-        fully_shard(unit, mesh=mesh, ignored_params={p for p in module.parameters() if is_sharded(p)})
+        held = set() if module in roots else {p for p in module.parameters() if p not in trained}
+        fully_shard(unit, mesh=mesh, ignored_params=held)
     return blocks
 
 
@@ -121,8 +124,13 @@ def gathered(model: nn.Module, keep: bool, base: bool = True) -> nn.Module | Non
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    """Whether any parameter of ``model`` is spread over processes."""
+    """Whether any parameter of ``model`` is spread over processes, by FSDP 2 or by tensor parallelism."""
     return any(is_sharded(p) for p in model.parameters())
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP 2 holds any part of ``model``."""
+    return any(_is_unit(module) for module in model.modules())
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -167,7 +175,7 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
             yield from _roots(child)
         elif isinstance(child, SavedModule):
             yield child.original
-        elif not isinstance(child, LoRALinear) and not _is_unit(child):
+        elif not _is_unit(child):
             yield child
 
 
@@ -196,6 +204,7 @@ def _distributes(hook: Callable[..., Any]) -> bool:
 
 
 def _is_unit(module: nn.Module) -> bool:
+    """Whether FSDP 2 holds ``module``."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)

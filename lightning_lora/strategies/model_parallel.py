@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.sharding import check_plan, is_sharded_model, shard_model
+from lightning_lora.model.sharding import check_plan, is_fully_sharded, shard_model
 from lightning_lora.strategies.sharded import ShardedStateMixin
 
 
@@ -81,5 +81,5 @@ class AdapterModelParallelStrategy(ModelParallelStateMixin, ModelParallelStrateg
     def shard(self, module: torch.nn.Module) -> None:
         """Spread the converted ``module`` over the data-parallel mesh as the plan says; once."""
         mesh = self.device_mesh["data_parallel"]
-        if mesh.size() > 1 and not is_sharded_model(module):
+        if mesh.size() > 1 and not is_fully_sharded(module):
             shard_model(module, mesh, self.fsdp_plan)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
@@ -32,6 +33,7 @@ from lightning_lora import (
     MergeOnFitEnd,
     adapter_state_dict,
     apply_lora,
+    parallelize_adapted,
 )
 from lightning_lora.nn.sharded import whole
 from tests.helpers import LM, TinyNet, Tokens, tiny_llama
@@ -57,6 +59,27 @@ class Own(LM):
         fully_shard(self.net, mesh=mesh)
 
 
+class Cut(LM):
+    """Cut by a tensor-parallel plan."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(tiny_llama())
+        self.config = LoRAConfig(**{"r": 4, **config})
+
+    def configure_model(self) -> None:
+        """Adapters first, then the plan, by the names before conversion."""
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        apply_lora(self, self.config)
+        plan: dict[str, Any] = {}
+        for i in range(2):
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+                plan[f"model.layers.{i}.{name}"] = ColwiseParallel()
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                plan[f"model.layers.{i}.{name}"] = RowwiseParallel()
+        parallelize_adapted(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
 class OwnLate(Own):
     """Shards itself and leaves the adapters to the callback: too late."""
 
@@ -80,10 +103,10 @@ def trainer(folder: Path, how: Any, *callbacks: L.Callback, steps: int = STEPS, 
     )  # fmt: skip
 
 
-def loader() -> StatefulDataLoader:
-    """Shuffled, resumable, four items a process."""
+def loader(alike: bool = False) -> StatefulDataLoader:
+    """Shuffled, resumable, four items a process; the same ones on both where they are to be ``alike``."""
     data = Tokens(96)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = 0 if alike else int(os.environ.get("LOCAL_RANK", 0))
     sampler = StatefulDistributedSampler(data, seed=3, num_replicas=WORLD, rank=rank)
     return StatefulDataLoader(data, batch_size=4, sampler=sampler)
 
@@ -97,8 +120,9 @@ def fit(folder: Path, how: Any, config: dict[str, Any], ckpt: Path | None = None
     """Train from the same start; returns the module and its adapters."""
     L.seed_everything(7, verbose=False)
     module = kwargs.pop("module", None) or LM(tiny_llama())
+    data = loader(kwargs.pop("alike", False))
     run = trainer(folder, how, LoRA(**{"r": 4, **config}), *kwargs.pop("callbacks", ()), **kwargs)
-    run.fit(module, loader(), ckpt_path=ckpt)
+    run.fit(module, data, ckpt_path=ckpt)
     return module, adapters(module)
 
 
@@ -223,6 +247,20 @@ def main() -> None:
         config = {"quantize": quantize, "lora_dropout": 0.1}
         how = DDPStrategy(process_group_backend="gloo")
         _, found[f"{quantize}-ddp"] = fit(folder / f"{quantize}-ddp", how, config)
+    # tensor parallelism: both processes see the same items
+    cut = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+    for shards in (False, True):
+        how = {**cut, "save_distributed_checkpoint": shards}
+        name = folder / f"tensor-{shards}"
+        _, uncut = fit(name, strategy(**how), {}, module=Cut(), alike=True)
+        path = name / f"step={CUT}.ckpt"
+        _, resumed = fit(name / "resumed", strategy(**how), {}, path, module=Cut(), alike=True)
+        found[f"tensor-{shards}"] = {"uncut": uncut, "resumed": resumed}
+    _, found["tensor-ddp"] = fit(folder / "tensor-ddp", DDPStrategy(process_group_backend="gloo"), {}, alike=True)
+    for config in ({"quantize": "nf4"}, {"lora_dropout": 0.1}):
+        module = Cut(**config)
+        text = caught(lambda m=module, c=config: fit(folder / "no", strategy(**cut), c, module=m, alike=True))
+        found.setdefault("tensor-refused", []).append(text)
     for shards in (False, True):
         found[f"memory-{shards}"] = memory(folder / f"memory-{shards}", shards)
     found["unknown"] = caught(lambda: fit(folder / "unknown", strategy(fsdp_plan=["layer.0"]), {}))

@@ -132,6 +132,21 @@ def test_a_module_that_shards_itself(found: list[dict[str, Any]]) -> None:
     assert "before `fully_shard`" in found[0]["late"]
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_tensor_parallel_plans(found: list[dict[str, Any]], shards: bool) -> None:
+    """Trains what the whole model trains, and resumes exactly."""
+    runs = found[0][f"tensor-{shards}"]
+    assert same(runs["uncut"], runs["resumed"])
+    assert same(runs["uncut"], found[1][f"tensor-{shards}"]["uncut"])
+    assert distance(runs["uncut"], found[0]["tensor-ddp"]) < 1e-4
+
+
+def test_what_tensor_parallelism_refuses(found: list[dict[str, Any]]) -> None:
+    packed, dropout = found[0]["tensor-refused"]
+    assert "a packed base cannot be cut by tensor parallelism" in packed
+    assert "`lora_dropout` is not built for tensor parallelism: set it to 0" in dropout
+
+
 def test_adapter_folders_and_merged_models_are_written(folder: Path, found: list[dict[str, Any]]) -> None:
     from safetensors.torch import load_file
 
