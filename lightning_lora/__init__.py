@@ -30,6 +30,15 @@ if TYPE_CHECKING:
         disable_adapters,
         set_adapter_scale,
     )
+    from lightning_lora.model.combine import add_weighted_adapter
+    from lightning_lora.model.mixed import mixed_batch
+    from lightning_lora.model.residents import (
+        active_adapter,
+        delete_adapter,
+        list_adapters,
+        set_adapter,
+        use_adapter,
+    )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
     from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
@@ -49,16 +58,23 @@ _HOME = {
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
+    "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
+    "add_weighted_adapter": "model.combine",
     "apply_lora": "model.apply",
+    "delete_adapter": "model.residents",
     "disable_adapters": "model.apply",
+    "list_adapters": "model.residents",
     "load_adapter": "io.adapter",
     "load_from_checkpoint": "io.checkpoint",
     "merge_adapters": "io.merge",
     "merge_to_disk": "io.merge_disk",
+    "mixed_batch": "model.mixed",
     "parallelize_adapted": "model.tensor_parallel",
     "save_adapter": "io.adapter",
+    "set_adapter": "model.residents",
     "set_adapter_scale": "model.apply",
+    "use_adapter": "model.residents",
     "validate_adapter": "io.loaders",
 }
 
@@ -73,16 +89,23 @@ __all__ = [
     "LoRA",
     "LoRAConfig",
     "MergeOnFitEnd",
+    "active_adapter",
     "adapter_state_dict",
+    "add_weighted_adapter",
     "apply_lora",
+    "delete_adapter",
     "disable_adapters",
+    "list_adapters",
     "load_adapter",
     "load_from_checkpoint",
     "merge_adapters",
     "merge_to_disk",
+    "mixed_batch",
     "parallelize_adapted",
     "save_adapter",
+    "set_adapter",
     "set_adapter_scale",
+    "use_adapter",
     "validate_adapter",
 ]
 

@@ -134,13 +134,45 @@ class LoRAConfig:
 class AdapterRecord:
     """What one `apply_lora` did, shared by every adapter module that it made.
 
+    It is also where the adapters that are not in use wait, so that no forward, optimizer or checkpoint sees them.
+
     Args:
-        config: The configuration in use.
+        config: The configuration of the adapter in use.
         fingerprint: Of the base before packing, or None where it could not be read (meta device).
+        name: What the adapter in use is called.
+        waiting: The others, by name.
+        lent: Names of adapters whose parameters `use_adapter` will put back.
+        fitting: Whether a Trainer's ``fit`` is running, whose optimizer knows the adapter in use.
+        slots: How many adapter modules there are.
+        verified: Adapter files that were found whole, so that a swap does not check them again.
     """
 
     config: LoRAConfig
     fingerprint: dict[str, Any] | None = field(default=None)
+    name: str = "default"
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    lent: list[str] = field(default_factory=list)
+    fitting: bool = False
+    slots: int = 0
+    verified: set[tuple[int, ...]] = field(default_factory=set)
+
+    def new_slot(self) -> int:
+        """A number for one more adapter module."""
+        self.slots += 1
+        return self.slots
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An adapter that is not in use.
+
+    Args:
+        config: Its configuration.
+        parts: What it has in each module (`lightning_lora.nn.adapter.Held`), by the module's slot.
+    """
+
+    config: LoRAConfig
+    parts: dict[int, Any]
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -24,7 +24,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "config": (),
     "rng": (),
     "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
-    "model": ("inner", "targets", "fingerprint", "apply", "sharding", "tensor_parallel", "gradients", "optimizers"),
+    "model": (
+        *("inner", "targets", "fingerprint", "apply", "sharding", "tensor_parallel", "gradients", "optimizers"),
+        *("plain", "residents", "combine", "mixed"),
+    ),
     "io": (
         "atomic",
         "integrity",
@@ -37,6 +40,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "loader_rules",
         "loaders",
         "portable",
+        "resident",
         "adapter",
         "checkpoint",
         "resumable",

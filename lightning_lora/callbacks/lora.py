@@ -137,8 +137,9 @@ class LoRA(Callback):
         self._wrap(pl_module, "configure_optimizers", repaired)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See that the optimizers hold every adapter."""
+        """See that the optimizers hold every adapter; from here on no other one may take its place."""
         check_optimizers(trainer.optimizers, pl_module)
+        self._mark(pl_module, fitting=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the first steps."""
@@ -180,7 +181,14 @@ class LoRA(Callback):
         """The same after a run that failed, for which Lightning calls no teardown."""
         self._release()
 
+    def _mark(self, pl_module: pl.LightningModule, fitting: bool) -> None:
+        record = adapter_record(pl_module)
+        if record is not None:
+            record.fitting = fitting
+
     def _release(self) -> None:
+        if self._module is not None:
+            self._mark(self._module, fitting=False)
         for name, before in self._wrapped.items():
             if before is None:
                 vars(self._module).pop(name, None)

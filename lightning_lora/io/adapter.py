@@ -21,7 +21,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from lightning_lora.io.folder import (
     compare_shapes,
     package_version,
 )
-from lightning_lora.io.integrity import check_finite, digests
+from lightning_lora.io.integrity import digests
 from lightning_lora.io.names import (
     adapter_root,
     clean,
@@ -58,17 +58,20 @@ from lightning_lora.io.names import (
 )
 from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
 from lightning_lora.io.portable import check_portable, portable_contents
+from lightning_lora.io.resident import load_resident
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
     apply_lora,
+    check_kind,
     is_adapted,
-    load_adapter_state,
 )
-from lightning_lora.model.inner import clean_name, inner_model
+from lightning_lora.model.inner import inner_model
+from lightning_lora.model.residents import rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.sharded import piece
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,11 @@ KINDS = (
 
 
 def save_adapter(
-    model: nn.Module, dir: str | os.PathLike[str], layout: str = "peft", dtype: str | None = None
+    model: nn.Module,
+    dir: str | os.PathLike[str],
+    layout: str = "peft",
+    dtype: str | None = None,
+    name: str | None = None,
 ) -> SavedAdapter:
     """Write the adapters of `model` as a folder that PEFT loads over the same base.
 
@@ -127,9 +134,10 @@ def save_adapter(
         dir: The folder. An adapter folder that stands there is replaced as a whole, anything else is not.
         layout: "peft", or "portable": scale 1 and one rank, which servers read as PEFT does.
         dtype: "fp32", "bf16" or "fp16" to cast the tensors; as they are if null (fp32 in the portable layout).
+        name: Which of the model's adapters; the one in use if null.
 
     Raises:
-        ConfigError: Another layout or dtype, or adapters at a strength of zero or below.
+        ConfigError: Another layout or dtype, a name that no adapter has, or adapters at a strength of zero or below.
         CheckpointError: The folder holds something that is not of an adapter folder, or is a file.
         UnsupportedError: A choice of modules that PEFT's format cannot express, or something that has no
             portable form, or tensors that are sharded or on the meta device.
@@ -143,6 +151,14 @@ def save_adapter(
     path = Path(dir).expanduser()
     check_target(path)
     model = unwrap(model)
+    if name is None or not is_adapted(model):
+        return _save(model, path, layout, dtype)
+    with use_adapter(model, name):
+        return _save(model, path, layout, dtype)
+
+
+def _save(model: nn.Module, path: Path, layout: str, dtype: str | None) -> SavedAdapter:
+    """The folder of the adapter in use."""
     cast = None if dtype is None else torch_dtype(dtype)
     if layout == "portable":
         config, tensors, own = portable_contents(model, cast)
@@ -160,17 +176,20 @@ def save_adapter(
     return SavedAdapter(path, len(tensors), sum(t.nbytes for t in tensors.values()), error)
 
 
-def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
+def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> None:
     """Load an adapter folder, PEFT's or ours, into `model`, in place.
 
     A plain model is converted first as the folder's configuration says (a folder of ours may name a
-    quantization); a converted one must have the same adapters. Nothing is changed unless all fits. The model then
-    computes what the one that was saved did: a strength that the folder was saved with is part of its scale, and in
-    a converted model is set again; modules trained in full hold the mixture that was in use, at strength 1.
+    quantization). In a converted one, without a `name`, the adapter in use takes the folder's values and must be of
+    the same shape and scale; with a `name` any adapter of this base waits beside it (`set_adapter` puts it in use),
+    or takes the place of the one of that name. Nothing is changed unless all fits. The adapter then computes what
+    the one that was saved did: a strength that the folder was saved with is part of its scale, and in the adapter in
+    use is set again; modules trained in full hold the mixture that was in use, at strength 1.
 
     Args:
         model: A transformers model, any module, or a LightningModule around one.
         dir: The folder.
+        name: What to call the adapter; that in use (of a plain model "default") if null.
 
     Raises:
         CheckpointError: No adapter folder, or one that cannot be read.
@@ -181,23 +200,41 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     folder = AdapterFolder.open(dir)
     folder.check_base(model)
-    if is_adapted(model):
-        compare_shapes(_expected(model), folder.shapes(), folder.path)
-        strengths = _strengths(model, folder)
-        _notice_packing(model, folder)
-        config = None
-    else:
-        strengths, config = {}, config_for(model, folder)
-    tensors = folder.tensors()
-    check_finite(tensors, folder.path)
-    if config is not None:
+    record = adapter_record(model)
+    if record is None:
+        config = config_for(model, folder)
+        tensors = folder.checked_tensors()
         apply_lora(model, config)
-    state = {}
-    for key, raw, _ in _entries(model):
-        state[clean_name(raw)] = tensors[key]
-    load_adapter_state(model, state)
-    for name, module in named_adapters(model):
-        module.strength = strengths.get(name, 1.0)
+        if name is not None:
+            rename_adapter(model, name)
+        _copy(list(_places(model)), tensors, {})
+        return
+    _notice_packing(record, folder)
+    if name is not None and name != record.name:
+        load_resident(model, folder, name)
+        return
+    places = list(_places(model))
+    try:
+        compare_shapes({key: tuple(m.live(own).shape) for key, _, m, own in places}, folder.shapes(), folder.path)
+        strengths = _strengths(places, folder)
+    except AdapterMismatchError:
+        if name is None:
+            raise
+        load_resident(model, folder, name)
+        return
+    _copy(places, folder.checked_tensors(record.verified), strengths)
+
+
+@torch.no_grad()
+def _copy(places: list[Place], tensors: dict[str, Tensor], strengths: Mapping[AdapterModule, float]) -> None:
+    """Values into the adapter in use, once all of them are seen to fit."""
+    for key, raw, module, own in places:
+        check_kind(raw, module.live(own), tensors[key])
+    for key, _, module, own in places:
+        live = module.live(own)
+        live.copy_(piece(tensors[key], live))
+    for module in dict.fromkeys(place[2] for place in places):
+        module.strength = strengths.get(module, 1.0)
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:
@@ -258,21 +295,32 @@ def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, An
     return config, tensors
 
 
-def _entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """(key in the file, name in the model, live tensor) of everything that adapters train."""
+#: Key in the file, name in the model, module, name inside it.
+Place = tuple[str, str, AdapterModule, str]
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    """Everything that the adapter in use trains."""
     prefix, _ = adapter_root(model)
     for raw, module in adapter_modules(model):
-        kind = next((k for k in KINDS if isinstance(module, k.module)), None)
-        if kind is None:
-            raise UnsupportedError(f"{raw!r}: a {type(module).__name__} has no place in an adapter file yet")
         name = clean(inside(raw, prefix))
+        kind = _kind(module, raw)
         for own in module.trained_names():
             key = ".".join(part for part in (name, kind.file_name(own)) if part)
-            yield PREFIX + key, f"{raw}.{own}" if raw else own, kind.tensor(module, own)
+            yield PREFIX + key, f"{raw}.{own}" if raw else own, module, own
 
 
-def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, _, tensor in _entries(model)}
+def _entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(key in the file, name in the model, tensor as the model uses it) of everything that adapters train."""
+    for key, raw, module, own in _places(model):
+        yield key, raw, _kind(module, raw).tensor(module, own)
+
+
+def _kind(module: AdapterModule, raw: str) -> AdapterKind:
+    kind = next((k for k in KINDS if isinstance(module, k.module)), None)
+    if kind is None:
+        raise UnsupportedError(f"{raw!r}: a {type(module).__name__} has no place in an adapter file yet")
+    return kind
 
 
 def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, Any]:
@@ -313,17 +361,18 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     return worst
 
 
-def _strengths(model: nn.Module, folder: AdapterFolder) -> dict[str, float]:
-    """By name, the strength at which a converted model's adapters have the folder's scale: 1, or the recorded one.
+def _strengths(places: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModule, float]:
+    """The strength at which a converted model's adapters have the folder's scale: 1, or the recorded one.
 
     Raises:
         AdapterMismatchError: Neither gives that scale.
     """
     recorded = folder.record.get("strength")
     choices = [1.0, *([float(recorded)] if isinstance(recorded, int | float) else [])]
-    found = {}
-    for name, module in named_adapters(model):
-        if isinstance(module, LoRALinear):
+    found: dict[AdapterModule, float] = {}
+    for key, _, module, _ in places:
+        if isinstance(module, LoRALinear) and module not in found:
+            name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
             scale = folder.scale(name)
             fitting = [c for c in choices if abs(scale - module.scaling * c) <= 1e-9 * abs(scale)]
             if not fitting:
@@ -331,15 +380,14 @@ def _strengths(model: nn.Module, folder: AdapterFolder) -> dict[str, float]:
                     f"{folder.path}: {name!r} is scaled by {scale:.6g} there and by {module.scaling:.6g} in the "
                     "model: convert it with the same `r`, `lora_alpha` and `use_rslora`"
                 )
-            found[name] = fitting[0]
+            found[module] = fitting[0]
     return found
 
 
-def _notice_packing(model: nn.Module, folder: AdapterFolder) -> None:
+def _notice_packing(record: AdapterRecord, folder: AdapterFolder) -> None:
     """Say when the folder was trained over a base that was packed in another way."""
-    record = adapter_record(model)
     trained = (folder.record.get("config") or {}).get("quantize")
-    if record is not None and trained is not None and trained != record.config.quantize:
+    if trained is not None and trained != record.config.quantize:
         warnings.warn(
             f"the adapter in {folder.path} was trained over a base packed as {trained!r}, this one is "
             f"{record.config.quantize!r}: its outputs will differ a little",

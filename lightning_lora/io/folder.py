@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_lora.config import scaling
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, Notice
 from lightning_lora.io.atomic import recover
-from lightning_lora.io.integrity import check_digests
+from lightning_lora.io.integrity import check_digests, check_finite
 from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
@@ -47,6 +47,7 @@ class AdapterFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any]) -> None:
         self.path, self.config, self.record = path, config, record
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self.spec = Spec.from_json(config)
 
     @classmethod
@@ -80,14 +81,33 @@ class AdapterFolder:
         folder._check_ranks()
         return folder
 
+    def checked_tensors(self, verified: set[tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+        """`tensors`, seen to be finite.
+
+        Args:
+            verified: What files were found whole before, by place, size and time of change; this one is not
+                checked again when it is among them, and added when it is not.
+
+        Raises:
+            CheckpointError: See `tensors`; or values are NaN or inf.
+        """
+        stat = (self.path / WEIGHTS).stat()
+        stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if verified is not None and stamp in verified:
+            return self._read()
+        tensors = self.tensors()
+        check_finite(tensors, self.path)
+        if verified is not None:
+            verified.add(stamp)
+        return tensors
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the folder, on the CPU; those of a folder of ours are compared with their digests.
 
         Raises:
             CheckpointError: The file is broken, or holds other values than were written.
         """
-        with self._open() as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = self._read()
         expected = self.record.get("digests")
         if isinstance(expected, Mapping):
             remedy = (
@@ -96,10 +116,16 @@ class AdapterFolder:
             check_digests(expected, tensors, self.path / WEIGHTS, remedy)
         return tensors
 
+    def _read(self) -> dict[str, Tensor]:
+        with self._open() as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading them."""
-        with self._open() as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        if self._shapes is None:
+            with self._open() as file:
+                self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return self._shapes
 
     def root(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Where in a plain `model` the folder's names begin."""

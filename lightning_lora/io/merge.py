@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError, MergeError
 from lightning_lora.io.names import adapter_root, clean, parents
 from lightning_lora.model.apply import is_adapted
+from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
@@ -219,7 +220,7 @@ def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.d
     weight = merged_weight(module, dense)
     layer = module.base_layer if isinstance(module, LoRALinear) else module
     if isinstance(layer, PackedLinear):
-        plain = _empty_linear(layer)
+        plain = empty_linear(layer)
         plain.register_parameter("bias", layer.bias)
     else:  # a copy of the user's own layer, whatever else it carries, without copying its weight
         plain = copy.copy(layer)
@@ -318,17 +319,9 @@ def _strengthened(name: str, tensor: Tensor, replaced: Mapping[str, nn.Module]) 
     return module.value(name.removeprefix(f"{owner}.trained."), module.strength if module.enabled else 0.0).detach()
 
 
-def _empty_linear(layer: PackedLinear) -> nn.Module:
-    """The dense layer that was packed, without values."""
-    if layer.fan_in_fan_out:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            return Conv1D(layer.out_features, layer.in_features)
-    return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-
-
 def _measure(report: MergeReport, name: str, module: LoRALinear, weight: Tensor) -> None:
+    if module.vacant:
+        return
     delta = module.delta_weight(torch.float32) if module.enabled else torch.zeros(())
     exact = module.base_weight(torch.float32) + delta
     difference = float((weight.float() - exact).norm())

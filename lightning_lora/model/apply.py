@@ -122,7 +122,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` is its base: same weights, adapters and `modules_to_save` off. Restored on exceptions."""
-    before = [(module, module.enabled) for _, module in adapter_modules(model)]
+    before = [(module, module.enabled) for _, module in adapter_slots(model)]
     try:
         for module, _ in before:
             module.enabled = False
@@ -148,15 +148,31 @@ def set_adapter_scale(model: nn.Module, lam: float) -> None:
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """Every adapter module of ``model`` with its name, in model order."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterModule):
-            yield name, module
+    """The modules of ``model`` in which the adapter in use has a part, by name, in model order."""
+    return ((name, module) for name, module in adapter_slots(model) if not module.vacant)
+
+
+def adapter_slots(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """Every adapter module of ``model`` by name, in model order; those too in which only other adapters have a part."""
+    found: list[tuple[str, AdapterModule]] = []
+    _collect_slots(model, "", set(), found)
+    return iter(found)
+
+
+def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: list[tuple[str, AdapterModule]]) -> None:
+    """As ``named_modules``, but what lies inside an adapter module is left out: a large model is walked in a moment."""
+    seen.add(module)
+    if isinstance(module, AdapterModule):
+        found.append((name, module))
+        return
+    for own, child in module._modules.items():
+        if child is not None and child not in seen and (child._modules or isinstance(child, AdapterModule)):
+            _collect_slots(child, f"{name}.{own}" if name else own, seen, found)
 
 
 def adapter_record(model: nn.Module) -> AdapterRecord | None:
     """What `apply_lora` recorded, or None for a model without adapters."""
-    return next((module.record for _, module in adapter_modules(model)), None)
+    return next((module.record for _, module in adapter_slots(model)), None)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -199,13 +215,22 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
                 f"{name!r} is {tuple(found.shape)} in the file and {tuple(tensor.shape)} in the model: "
                 "was the adapter trained with another rank or on another base?"
             )
-        if (tensor.is_floating_point(), tensor.is_complex()) != (found.is_floating_point(), found.is_complex()):
-            raise AdapterMismatchError(
-                f"{name!r} is of {found.dtype} in the file and of {tensor.dtype} in the model: values of another kind. "
-                "Save the adapter again, as floats"
-            )
+        check_kind(name, tensor, found)
     for name, tensor in own.items():
         tensor.copy_(piece(state[name], tensor))
+
+
+def check_kind(name: str, own: Tensor, found: Tensor) -> None:
+    """See that floats are loaded into floats and integers into integers.
+
+    Raises:
+        AdapterMismatchError: They are not.
+    """
+    if (own.is_floating_point(), own.is_complex()) != (found.is_floating_point(), found.is_complex()):
+        raise AdapterMismatchError(
+            f"{name!r} is of {found.dtype} in the file and of {own.dtype} in the model: values of another kind. "
+            "Save the adapter again, as floats"
+        )
 
 
 def trained_outside(model: nn.Module) -> list[str]:
@@ -301,6 +326,19 @@ def _paths(model: nn.Module) -> dict[str, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         by_id.setdefault(id(module), []).append(name)
     return {names[0]: names for names in by_id.values()}
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put modules into the places of those that they wrap, under each of their names.
+
+    Args:
+        model: Any model.
+        layers: The new modules by the first name of the old ones.
+    """
+    paths = _paths(model)
+    for name, layer in layers.items():
+        _replace(model, paths[name], layer.train(model.get_submodule(name).training))
+    _close_fast_paths(model)
 
 
 def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:

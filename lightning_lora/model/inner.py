@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -20,12 +20,20 @@ def is_hf_model(module: nn.Module) -> bool:
 
 def hf_models(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The outermost transformers models inside ``module``, itself included, by name."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
-        if is_hf_model(child) and not inside:
-            found.append((name, child))
-    return found
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    return list(_outermost_hf(module, "", set()))
+
+
+def _outermost_hf(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    if is_hf_model(module):
+        yield name, module
+        return
+    for own, child in module.named_children():
+        yield from _outermost_hf(child, f"{name}.{own}" if name else own, seen)
 
 
 def inner_model(module: nn.Module) -> tuple[str, nn.Module]:

@@ -76,7 +76,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         for name in free
         if (name not in heads or name in chosen) and not (excluded and matches(excluded, name, prefix))
     ]
-    return Targets(chosen, [name for name in packed if not _shares_weight(model, linears[name])], saved)
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # packing would take it away
+    return Targets(chosen, [name for name in packed if id(linears[name].weight) not in embedded], saved)
 
 
 def find_heads(model: nn.Module, linears: dict[str, nn.Module] | None = None) -> set[str]:
@@ -279,11 +280,6 @@ def _check_other_owner(linears: dict[str, nn.Module], config: LoRAConfig) -> Non
             '`quantize="none"` to train adapters over them as they are, or load the model in full or half precision '
             f"and let `quantize={config.quantize!r}` pack it"
         )
-
-
-def _shares_weight(model: nn.Module, linear: nn.Module) -> bool:
-    """Whether an embedding reads the linear's weight, which packing would take away from it."""
-    return any(isinstance(m, nn.Embedding) and m.weight is linear.weight for m in model.modules())
 
 
 def _nothing_matched(model: nn.Module, config: LoRAConfig, linears: dict[str, nn.Module]) -> str:

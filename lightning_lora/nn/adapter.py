@@ -4,18 +4,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
+from lightning_lora.errors import UnsupportedError
+
+
+class Held(NamedTuple):
+    """What one adapter has in one module: its tensors, by their names there, and how they are used.
+
+    The fields from ``r`` on are those of a low-rank update.
+    """
+
+    tensors: dict[str, Tensor]
+    strength: float = 1.0
+    r: int = 0
+    lora_alpha: float = 0.0
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+
+    def detached(self) -> Held:
+        """The same values apart from the parameters that held them."""
+        return self._replace(tensors={name: tensor.detach() for name, tensor in self.tensors.items()})
 
 
 class AdapterModule(nn.Module):
     """Base of every module that replaces one of the user's. Adapters are known by this type, never by name.
 
-    ``enabled`` and ``strength`` are plain attributes: switched off, a module computes exactly what the
-    module that it replaced computes.
+    ``enabled``, ``vacant`` and ``strength`` are plain attributes: switched off, a module computes exactly what
+    the module that it replaced computes. It holds one adapter, the one in use, or is ``vacant``: another adapter
+    of the model has something here. Those not in use wait in the record, under the module's ``slot``.
 
     Args:
         record: What `apply_lora` did, shared by all modules of one call.
@@ -24,16 +45,109 @@ class AdapterModule(nn.Module):
     def __init__(self, record: AdapterRecord) -> None:
         super().__init__()
         self.record = record
+        self.slot = record.new_slot()
         self.enabled = True
+        self.vacant = False
         self.strength = 1.0
+        self.learns = True  # whether parameters that come into a vacant module need gradients
+
+    def own_names(self) -> list[str]:
+        """Names, inside this module, of the parameters and buffers that an adapter has in it."""
+        raise NotImplementedError
 
     def trained_names(self) -> list[str]:
-        """Names, inside this module, of the parameters and buffers that training owns and checkpoints keep."""
-        raise NotImplementedError
+        """Those that training owns and checkpoints keep: `own_names`, none in a vacant module."""
+        return [] if self.vacant else self.own_names()
 
     def untrained(self) -> bool:
         """Whether the module still computes exactly the base (B is zero, a saved module equals its original)."""
         raise NotImplementedError
+
+    def held(self) -> Held | None:
+        """What the adapter in use has here, the live parameters themselves; None in a vacant module."""
+        if self.vacant:
+            return None
+        return Held({name: self.live(name) for name in self.own_names()}, self.strength)
+
+    def hold(self, held: Held | None, in_place: bool = True) -> None:
+        """Take an adapter's part in, and leave vacant for None; what was here is let go.
+
+        Args:
+            held: Tensors that fit the device and dtype of those here; they are taken as they are, not copied.
+            in_place: Whether the parameters stay the objects that an optimizer knows, with other values and no
+                gradient. Else they are replaced, by those of ``held`` where it has parameters.
+        """
+        if not self.vacant:
+            learning = [self.live(name).requires_grad for name in self.own_names()]
+            self.learns = any(learning)
+        for name, tensor in (self._nothing() if held is None else held.tensors).items():
+            self._put(name, tensor, in_place, learns=held is not None and self.learns)
+        self.vacant = held is None
+        self.strength = 1.0 if held is None else held.strength
+
+    def objects(self) -> dict[str, Tensor]:
+        """The parameters and buffers that adapters have here, in a vacant module too."""
+        return {name: self.live(name) for name in self.own_names()}
+
+    def put_back(self, objects: dict[str, Tensor], held: Held | None) -> None:
+        """Undo a `hold` that was not in place: the former parameters, and what `held` gave then."""
+        self.hold(held, in_place=False)
+        for name, tensor in objects.items():
+            self._put(name, tensor, in_place=False, learns=False)
+
+    def exchange(self, held: Held | None) -> Held | None:
+        """`hold` in place, and what was here."""
+        former = self.held()
+        former = None if former is None else former.detached()
+        self.hold(held)
+        return former
+
+    def fitted(self, held: Held) -> Held:
+        """The same on the device and in the dtypes of this module's own tensors.
+
+        Raises:
+            UnsupportedError: Those are sharded or on the meta device.
+        """
+        tensors = {}
+        for name, tensor in held.tensors.items():
+            own = self.live(name)
+            if own.is_meta or type(own).__name__ == "DTensor":
+                raise UnsupportedError(
+                    "the adapters are sharded or on the meta device: adapters are loaded and swapped before "
+                    "`fully_shard`, once they have values"
+                )
+            tensors[name] = tensor.detach().to(own.device, own.dtype)
+        return held._replace(tensors=tensors)
+
+    def has_gradients(self) -> bool:
+        """Whether a backward has come by since the last optimizer step."""
+        return any(self.live(name).grad is not None for name in self.trained_names())
+
+    def live(self, name: str) -> Tensor:
+        """The parameter or buffer of this name inside the module."""
+        parent, _, own = name.rpartition(".")
+        return getattr(self.get_submodule(parent), own)
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """The tensors of a vacant module, without memory of their own."""
+        raise NotImplementedError
+
+    def _put(self, name: str, tensor: Tensor, in_place: bool, learns: bool) -> None:
+        parent, _, own = name.rpartition(".")
+        module, old = self.get_submodule(parent), self.live(name)
+        if not isinstance(old, nn.Parameter):
+            setattr(module, own, tensor)
+        elif in_place:
+            old.grad = None
+            old.data = tensor.detach()
+            torch.autograd.graph.increment_version(old)  # a graph that saved the former values must not use these
+            old.requires_grad_(learns and old.is_floating_point())
+        elif isinstance(tensor, nn.Parameter):
+            if (tensor.device, tensor.dtype) != (old.device, old.dtype):
+                tensor.data = tensor.data.to(old.device, old.dtype)  # the model has moved while it was away
+            setattr(module, own, tensor)
+        else:
+            setattr(module, own, nn.Parameter(tensor, learns and tensor.is_floating_point()))
 
 
 class KeepsDType(nn.Module):

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, scaling
-from lightning_lora.nn.adapter import AdapterModule, KeepsDType, torch_dtype
+from lightning_lora.nn.adapter import AdapterModule, Held, KeepsDType, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
 from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
 
@@ -29,27 +30,34 @@ class LoRAAdapter(KeepsDType):
     They are master weights: fp32 (or ``adapter_dtype``) whatever the model is cast to.
     """
 
-    strength: Tensor
+    scale: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, r: int, init: str, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.init = init
+        self.factor = 1.0
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
-        # The strength once more as a tensor: compiled code reads it, and a new value compiles nothing anew.
-        self.register_buffer("strength", torch.ones((), device=device), persistent=False)
+        # The factor of B A once more as a tensor: compiled code reads it, and a new value compiles nothing anew.
+        self.register_buffer("scale", torch.ones((), device=device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A as ``init`` says, B zero: the update starts at exactly zero."""
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.lora_A.shape[0] > 0:  # else vacant: there is nothing to begin with
+            if self.init == "gaussian":
+                nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-        self.strength.fill_(1.0)
+        self.scale.fill_(self.factor)
+
+    def rescale(self, factor: float) -> None:
+        """Set the factor of ``B A``: scaling and strength."""
+        self.factor = factor
+        self.scale.fill_(factor)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -62,7 +70,7 @@ class LoRALinear(AdapterModule):
     Args:
         base_layer: `torch.nn.Linear`, transformers' ``Conv1D`` or `PackedLinear`; frozen by the caller.
         record: Shared by all modules of one `apply_lora`; its config gives dtype, dropout and start.
-        r: Rank.
+        r: Rank; 0 for a vacant module.
         lora_alpha: Numerator of the scale.
     """
 
@@ -84,6 +92,9 @@ class LoRALinear(AdapterModule):
             device=_device(base_layer),
             dtype=torch_dtype(config.adapter_dtype),
         )
+        if r == 0:
+            self.hold(None)
+        self._rescale()
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -104,12 +115,18 @@ class LoRALinear(AdapterModule):
     def strength(self, value: float) -> None:
         self._strength = value
         if "adapter" in self._modules:  # not yet while the base class is set up
-            self.adapter.strength.fill_(value)
+            self._rescale()
 
     @property
     def scaling(self) -> float:
         """``lora_alpha / r``, or ``lora_alpha / sqrt(r)``; `strength` not included."""
-        return scaling(self.r, self.lora_alpha, self.use_rslora)
+        return 0.0 if self.vacant else scaling(self.r, self.lora_alpha, self.use_rslora)
+
+    def _rescale(self) -> None:
+        adapter: Any = self._modules["adapter"]
+        factor = self.scaling * self._strength
+        if factor != adapter.factor:
+            adapter.rescale(factor)
 
     @property
     def weight(self) -> Tensor:
@@ -121,9 +138,85 @@ class LoRALinear(AdapterModule):
         """The frozen bias."""
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def trained_names(self) -> list[str]:
+    def own_names(self) -> list[str]:
         """``adapter.lora_A`` and ``adapter.lora_B``."""
         return ["adapter.lora_A", "adapter.lora_B"]
+
+    def held(self) -> Held | None:
+        """See `AdapterModule.held`."""
+        if self.vacant:
+            return None
+        A, B = self._factors()
+        return Held(
+            {"adapter.lora_A": A, "adapter.lora_B": B},
+            self._strength,
+            self.r,
+            self.lora_alpha,
+            self.use_rslora,
+            self.lora_dropout,
+        )
+
+    def hold(self, held: Held | None, in_place: bool = True) -> None:
+        """See `AdapterModule.hold`; the rank may be another one."""
+        if held is not None and not self.vacant:
+            self._take(held, in_place)
+            return
+        words = held or Held({})
+        self.r, self.lora_alpha, self.use_rslora = words.r, words.lora_alpha, words.use_rslora
+        self.lora_dropout = words.lora_dropout
+        super().hold(held, in_place)
+
+    def exchange(self, held: Held | None) -> Held | None:
+        """See `AdapterModule.exchange`."""
+        if held is None or self.vacant:
+            return super().exchange(held)
+        former = self.held()
+        A, B = self._factors()
+        tensors = {"adapter.lora_A": A.data, "adapter.lora_B": B.data}
+        self._take(held, in_place=True)
+        return former._replace(tensors=tensors)  # type: ignore[union-attr]
+
+    def _take(self, held: Held, in_place: bool) -> None:
+        """`hold` from one adapter to another: a swap of a large model comes through here hundreds of times."""
+        tensors, strength, r, lora_alpha, use_rslora, lora_dropout = held
+        if in_place:
+            A, B = self._factors()
+            A.data, B.data, A.grad, B.grad = tensors["adapter.lora_A"], tensors["adapter.lora_B"], None, None
+            torch.autograd.graph.increment_version((A, B))
+        else:
+            for name, tensor in tensors.items():
+                self._put(name, tensor, in_place, learns=self.lora_A.requires_grad)
+        # Not by attributes: `nn.Module` looks at each that is set.
+        vars(self).update(
+            r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, _strength=strength
+        )
+        self._rescale()
+
+    def live(self, name: str) -> Tensor:
+        """See `AdapterModule.live`."""
+        return self._factors()[name == "adapter.lora_B"]
+
+    def fitted(self, held: Held) -> Held:
+        """See `AdapterModule.fitted`."""
+        A, B = self._factors()
+        own = type(A) is nn.Parameter and not A.is_meta
+        if own and all(t.device == A.device and t.dtype == A.dtype for t in held.tensors.values()):
+            return held
+        return super().fitted(held)
+
+    def has_gradients(self) -> bool:
+        """See `AdapterModule.has_gradients`."""
+        A, B = self._factors()
+        return A.grad is not None or B.grad is not None
+
+    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B, without the search for an attribute of a module."""
+        parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
+        return parameters["lora_A"], parameters["lora_B"]
+
+    def _nothing(self) -> dict[str, Tensor]:
+        A, B = self.lora_A, self.lora_B
+        return {"adapter.lora_A": A.new_empty(0, self.in_features), "adapter.lora_B": B.new_empty(self.out_features, 0)}
 
     def untrained(self) -> bool:
         """Whether B is exactly zero."""
@@ -146,11 +239,17 @@ class LoRALinear(AdapterModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in)``; the output ``(..., out)`` has the dtype that the base layer would give it."""
+        in_use = self.enabled and not self.vacant
+        return self._compute(x, in_use and (torch.compiler.is_compiling() or self.strength != 0.0))
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """What `forward` gives without an adapter."""
+        return self._compute(x, active=False)
+
+    def _compute(self, x: Tensor, active: bool) -> Tensor:
         base = self.base_layer
-        compiling = torch.compiler.is_compiling()
-        active = self.enabled and (compiling or self.strength != 0.0)
         dropout = self.lora_dropout if self.training else 0.0
-        scale = self.scaling * (self.adapter.strength if compiling else self.strength)
+        scale = self.adapter.scale if torch.compiler.is_compiling() else self.adapter.factor
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
         elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
-from lightning_lora.nn.adapter import AdapterModule, freeze_statistics
+from lightning_lora.nn.adapter import AdapterModule, Held, freeze_statistics
 
 
 class SavedModule(AdapterModule):
@@ -30,9 +30,12 @@ class SavedModule(AdapterModule):
         for module in original.modules():
             freeze_statistics(module)
 
-    def trained_names(self) -> list[str]:
+    def own_names(self) -> list[str]:
         """The copy's parameters and persistent buffers (a BatchNorm's statistics move in training)."""
         return [f"trained.{name}" for name in self.trained.state_dict()]
+
+    def _nothing(self) -> dict[str, Tensor]:
+        return {f"trained.{name}": tensor.detach() for name, tensor in self.original.state_dict(keep_vars=True).items()}
 
     def untrained(self) -> bool:
         """Whether the copy equals its original bit for bit."""
@@ -42,7 +45,8 @@ class SavedModule(AdapterModule):
     @property
     def active(self) -> nn.Module:
         """The module whose weights are in use."""
-        return self.trained if self.enabled and self.strength != 0.0 else self.original
+        in_use = self.enabled and not self.vacant and self.strength != 0.0
+        return self.trained if in_use else self.original
 
     def value(self, name: str, strength: float) -> Tensor:
         """A parameter or buffer of the user's module at a strength: 0 the original's, 1 the trained one's.
@@ -58,9 +62,19 @@ class SavedModule(AdapterModule):
             return tensor
         return torch.lerp(self.original.get_parameter(name), tensor, strength)
 
+    def values(self, held: Held) -> dict[str, Tensor]:
+        """What an adapter's part makes of the user's module, by its own names: parameters mixed by the strength."""
+        found = {}
+        for name, tensor in held.tensors.items():
+            own = name.removeprefix("trained.")
+            original = dict(self.original.named_parameters(remove_duplicate=False)).get(own)
+            mixed = original is not None and held.strength != 1.0
+            found[own] = torch.lerp(original, tensor, held.strength) if mixed else tensor  # type: ignore[arg-type]
+        return found
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the user's module takes and gives."""
-        if not self.enabled or self.strength in (0.0, 1.0):
+        if not self.enabled or self.vacant or self.strength in (0.0, 1.0):
             return self.active(*args, **kwargs)
         mixed = {name: self.value(name, self.strength) for name, _ in self.trained.named_parameters()}
         return torch.func.functional_call(self.trained, mixed, args, kwargs)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an adapter folder to a resident adapter of a converted model, beside those that it holds already."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import Notice
+from lightning_lora.io.conversion import config_for
+from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.names import clean, inside
+from lightning_lora.model.apply import adapter_modules, adapter_slots
+from lightning_lora.model.plain import plain_view
+from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
+from lightning_lora.model.targets import find_targets
+from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.linear import LoRALinear
+
+
+def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
+    """Let the adapter of a folder wait under ``name``; or replace the one of that name, in use or not.
+
+    Rank, scale and modules may be others than those of the adapters that are there: modules of its own get a vacant
+    adapter module first. Packing and dtypes stay the model's.
+
+    Args:
+        model: A converted model.
+        folder: What to load.
+        name: What to call it.
+
+    Raises:
+        AdapterMismatchError: Keys or shapes do not fit the base.
+        UnsupportedError: Its modules clash with those of another adapter.
+    """
+    record = record_of(model)
+    check_name(record, name)
+    view = plain_view(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # said when the base was converted
+        config = config_for(view, folder)
+        own = record.config
+        config = dataclasses.replace(
+            config, quantize=own.quantize, compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
+        )
+        targets = find_targets(view, dataclasses.replace(config, quantize="none"))
+    prefix, _ = folder.root(view)
+    files = folder.checked_tensors(record.verified)
+    add_slots(model, targets.adapted, targets.saved)
+    wanted = {*targets.adapted, *targets.saved}
+    parts = {
+        module.slot: _part(folder, files, clean(inside(raw, prefix)), module)
+        for raw, module in adapter_slots(model)
+        if raw in wanted
+    }
+    _say_narrower(model, parts, folder)
+    keep_adapter(model, name, config, parts)
+
+
+def _part(folder: AdapterFolder, files: Mapping[str, Tensor], name: str, module: AdapterModule) -> Held:
+    own = module.own_names()
+    if not isinstance(module, LoRALinear):
+        return Held({o: files[f"{PREFIX}{name}.{o.removeprefix('trained.')}" if name else o] for o in own})
+    return Held(
+        {o: files[f"{PREFIX}{name}.{o.removeprefix('adapter.')}.weight"] for o in own},
+        1.0,
+        folder.spec.rank(name),
+        folder.spec.alpha(name),
+        bool(folder.config.get("use_rslora")),
+        float(folder.config.get("lora_dropout") or 0.0),
+    )
+
+
+def _say_narrower(model: nn.Module, parts: Mapping[int, Held], folder: AdapterFolder) -> None:
+    """A notice where the model's adapters have a narrower dtype than the file."""
+    slots = {module.slot: module for _, module in adapter_modules(model)}
+    for slot, part in parts.items():
+        live = slots[slot].held() if slot in slots else None
+        for name, tensor in part.tensors.items() if live is not None else ():
+            if tensor.dtype.itemsize > live.tensors[name].dtype.itemsize:  # type: ignore[union-attr]
+                text = f"the adapter in {folder.path} is {tensor.dtype}, this model holds adapters in "
+                warnings.warn(f"{text}{live.tensors[name].dtype}: it is rounded", Notice, stacklevel=4)  # type: ignore[union-attr]
+                return

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters over one base: one is in use, the others wait outside the layers.
+
+::
+
+    in use     the parameters of the adapter modules: forward, optimizer, checkpoints and folders see this one only
+    waiting    `AdapterRecord.waiting`: by name, its configuration and by slot of a module what it has there
+
+A swap exchanges storages. The parameters stay the objects that an optimizer holds; nothing is copied unless the
+waiting tensors are on another device. A module in which the adapter in use has no part is vacant: it computes its base.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_lora.config import AdapterRecord, LoRAConfig, Waiting
+from lightning_lora.errors import ConfigError, Notice, UnsupportedError
+from lightning_lora.model.apply import adapter_modules, adapter_slots, put_layers
+from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.saved import SavedModule
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that ``model`` holds, the one in use first.
+
+    Raises:
+        ConfigError: The model has no adapters.
+    """
+    record = record_of(model)
+    return [record.name, *record.waiting]
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the adapter in use: the one that trains and that checkpoints hold.
+
+    Raises:
+        ConfigError: The model has no adapters.
+    """
+    return record_of(model).name
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Put the adapter called ``name`` in use; the one that was waits with its values and strength.
+
+    Parameters stay the same objects with other values, so that compiled code runs on as it is. The moments that an
+    optimizer keeps for them belong to the former adapter: inside ``fit`` a swap is refused (borrow with
+    `use_adapter`), elsewhere gradients that are still there are dropped with a notice.
+
+    Args:
+        model: A converted model, or a LightningModule around one; the whole of what was converted.
+        name: One of `list_adapters`.
+
+    Raises:
+        ConfigError: The model has no adapters, or none of this name, or is a part of what was converted.
+        UnsupportedError: A running ``fit`` trains the adapter in use, or parameters are sharded or on the meta device.
+    """
+    record, slots = slots_of(model)
+    known(record, name)
+    if name == record.name:
+        return
+    refuse_in_fit(record)
+    say_dropped_gradients(record, slots)
+    _exchange(record, slots, name, in_place=not record.lent)  # what is lent comes back with its values
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, ``model`` runs the adapter called ``name``; what was in use comes back, on exceptions too.
+
+    The parameters that an optimizer holds are set aside as they are, gradients included, and others take their
+    place. So this may be used in the middle of training, for a reference model say.
+
+    Args:
+        model: As for `set_adapter`.
+        name: One of `list_adapters`.
+
+    Raises:
+        ConfigError: As `set_adapter`.
+        UnsupportedError: Parameters are sharded or on the meta device.
+    """
+    record, slots = slots_of(model)
+    known(record, name)
+    before, lent = record.name, [(module, module.objects(), module.held()) for module in slots]
+    record.lent.append(before)
+    try:
+        if name != before:
+            _exchange(record, slots, name, in_place=False)
+        yield
+    finally:
+        record.lent.remove(before)
+        if record.name != before:
+            _exchange(record, slots, before, in_place=False)
+        for module, objects, held in lent:
+            module.put_back(objects, held)
+
+
+def rename_adapter(model: nn.Module, name: str) -> None:
+    """Call the adapter in use by another name.
+
+    Raises:
+        ConfigError: The model has no adapters, or the name is taken or none.
+    """
+    record = record_of(model)
+    check_name(record, name)
+    if name in record.waiting:
+        raise ConfigError(f"the model has an adapter {name!r} already; `delete_adapter` it first")
+    record.name = name
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget a waiting adapter.
+
+    Raises:
+        ConfigError: The model has no adapters, or none of this name, or it is in use.
+    """
+    record = record_of(model)
+    known(record, name)
+    if name == record.name or name in record.lent:
+        raise ConfigError(f"adapter {name!r} is in use: put another one in use with `set_adapter` before deleting it")
+    del record.waiting[name]
+
+
+def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping[int, Held]) -> None:
+    """Let an adapter wait under a name, or take the place of the one of that name, in use or not.
+
+    Args:
+        model: A converted model with a module for each part (`add_slots`).
+        name: What it is to be called.
+        config: Its configuration.
+        parts: What it has in each module, by slot.
+
+    Raises:
+        ConfigError: The name cannot be used now.
+        UnsupportedError: As `set_adapter`, where the adapter in use is to be replaced.
+    """
+    record, slots = slots_of(model)
+    check_name(record, name)
+    fitted = {module.slot: module.fitted(parts[module.slot]) for module in slots if module.slot in parts}
+    if name != record.name:
+        record.waiting[name] = Waiting(config, fitted)
+        return
+    refuse_in_fit(record)
+    say_dropped_gradients(record, slots)
+    for module in slots:
+        module.hold(fitted.get(module.slot), in_place=not record.lent)
+    record.config = config
+
+
+def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]) -> None:
+    """Put vacant adapter modules where an adapter that is to come has a part and none stands yet.
+
+    Args:
+        model: A converted model.
+        adapted: Names of its linears, packed ones too, as they are before conversion.
+        saved: Names of modules that are trained in full.
+
+    Raises:
+        UnsupportedError: A module is trained in full by one adapter and adapted inside by another, or has running
+            statistics that conversion froze.
+    """
+    record = record_of(model)
+    slots = dict(adapter_slots(model))
+    kinds = [(name, LoRALinear) for name in adapted] + [(name, SavedModule) for name in saved]
+    for name, kind in kinds:
+        around = [n for n, m in slots.items() if isinstance(m, SavedModule) and (n == name or name.startswith(f"{n}."))]
+        within = [n for n in slots if kind is SavedModule and (n == name or n.startswith(f"{name}."))]
+        clash = [n for n in [*around, *within] if not (n == name and isinstance(slots[n], kind))]
+        if clash:
+            raise UnsupportedError(
+                f"{name!r} is adapted by one adapter and {clash[0]!r} is trained in full by another, or the other way "
+                "round: the two cannot share a model"
+            )
+    fresh = [name for name in saved if name not in slots]
+    frozen = [n for n in fresh if any(hasattr(m, "track_running_stats") for m in model.get_submodule(n).modules())]
+    if frozen:
+        raise UnsupportedError(
+            f"{frozen[0]!r} is trained in full and has running statistics, which are frozen with this base: convert "
+            "the model with it in `modules_to_save`, or load this adapter first"
+        )
+    learns = any(p.requires_grad for _, module in adapter_modules(model) for p in module.parameters())
+    missing = {name: LoRALinear(model.get_submodule(name), record, 0, 0.0) for name in adapted if name not in slots}
+    full = {name: SavedModule(model.get_submodule(name), record) for name in fresh}
+    for module in full.values():
+        module.hold(None)
+    put_layers(model, {**missing, **full})
+    for added in (*missing.values(), *full.values()):
+        added.learns = learns
+
+
+def record_of(model: nn.Module) -> AdapterRecord:
+    """What all adapter modules of a model share.
+
+    Raises:
+        ConfigError: There are none, or they come from conversions of several parts.
+    """
+    return _record_of([module for _, module in adapter_slots(model)])
+
+
+def slots_of(model: nn.Module) -> tuple[AdapterRecord, list[AdapterModule]]:
+    """What all adapter modules of a model share, and all of them.
+
+    Raises:
+        ConfigError: There are none, or they come from conversions of several parts, or ``model`` is a part of what
+            was converted.
+    """
+    slots = [module for _, module in adapter_slots(model)]
+    record = _record_of(slots)
+    if len(slots) < record.slots:
+        raise ConfigError(
+            f"this module holds {len(slots)} of {record.slots} adapter modules: give the whole model that was converted"
+        )
+    return record, slots
+
+
+def _record_of(slots: list[AdapterModule]) -> AdapterRecord:
+    if not slots:
+        raise ConfigError("the model has no adapters; call `apply_lora` or `load_adapter` first")
+    record = slots[0].record
+    if any(module.record is not record for module in slots):
+        raise ConfigError("parts of the model were converted one by one: name adapters on each part")
+    return record
+
+
+def known(record: AdapterRecord, name: str) -> None:
+    """See that there is an adapter of this name.
+
+    Raises:
+        ConfigError: There is none; the nearest name is given.
+    """
+    names = [record.name, *record.waiting]
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise ConfigError(f"the model has no adapter {name!r}{hint}; it has {names}")
+
+
+def check_name(record: AdapterRecord, name: str) -> None:
+    """See that an adapter may be put under this name.
+
+    Raises:
+        ConfigError: It is no name, or that of an adapter which `use_adapter` will put back.
+    """
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ConfigError(f"`name` must be a word other than {BASE!r}, got {name!r}")
+    if name in record.lent:
+        raise ConfigError(f"adapter {name!r} comes back at the end of `use_adapter` and cannot be replaced inside it")
+
+
+def refuse_in_fit(record: AdapterRecord) -> None:
+    """See that no ``fit`` is running, whose optimizer would go on with another adapter's moments.
+
+    Raises:
+        UnsupportedError: One is.
+    """
+    if record.fitting:
+        raise UnsupportedError(
+            f"`fit` is training adapter {record.name!r}, and its optimizer would go on with that one's moments: borrow "
+            "another with `use_adapter` inside `fit`, or put it in use before"
+        )
+
+
+def say_dropped_gradients(record: AdapterRecord, slots: Collection[AdapterModule]) -> None:
+    """A notice where the adapter in use has gradients: an optimizer may know its parameters."""
+    if any(module.has_gradients() for module in slots):
+        warnings.warn(
+            f"adapter {record.name!r} goes out of use and its gradients are dropped; an optimizer that trained it "
+            "holds its moments for these parameters: build a new one to train another adapter",
+            Notice,
+            stacklevel=4,
+        )
+
+
+def _exchange(record: AdapterRecord, slots: list[AdapterModule], name: str, in_place: bool) -> None:
+    incoming = record.waiting[name]
+    waiting = incoming.parts
+    # All that can fail comes first; where the model has moved, tensors follow.
+    parts = {m.slot: m.fitted(waiting[m.slot]) for m in slots if m.slot in waiting}
+    outgoing = {}
+    for module in slots:
+        part = parts.get(module.slot)
+        if in_place:
+            former = module.exchange(part)
+        else:
+            former = module.held()
+            former = None if former is None else former.detached()
+            module.hold(part, in_place=False)
+        if former is not None:
+            outgoing[module.slot] = former
+    del record.waiting[name]
+    record.waiting[record.name] = Waiting(record.config, outgoing)
+    record.name, record.config = name, incoming.config
+
+
+def parts_of(model: nn.Module, name: str) -> tuple[LoRAConfig, dict[int, Held]]:
+    """The configuration of an adapter, in use or waiting, and what it has in each module, by slot.
+
+    Raises:
+        ConfigError: The model has no adapters, or none of this name, or is a part of what was converted.
+    """
+    record, slots = slots_of(model)
+    known(record, name)
+    if name == record.name:
+        live = {module.slot: held.detached() for module in slots if (held := module.held()) is not None}
+        return record.config, live
+    waiting = record.waiting[name]
+    return waiting.config, {m.slot: m.fitted(waiting.parts[m.slot]) for m in slots if m.slot in waiting.parts}

@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters, one base: whatever was in use before, an adapter computes what it computes alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from lightning_lora import (
+    LoRA,
+    LoRAConfig,
+    active_adapter,
+    adapter_state_dict,
+    apply_lora,
+    delete_adapter,
+    disable_adapters,
+    list_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    set_adapter,
+    set_adapter_scale,
+    use_adapter,
+)
+from lightning_lora.errors import AdapterMismatchError, ConfigError, UnsupportedError
+from lightning_lora.io.checkpoint import metadata
+from lightning_lora.model.residents import rename_adapter
+from lightning_lora.nn.linear import LoRALinear
+from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
+from tests.model.nets import Normed, notices, tiny_bert
+
+IDS = torch.arange(48).view(3, 16) % 64
+
+#: Adapters that differ in everything that may differ: rank, scale, modules, patterns.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "twin": {"r": 4, "lora_alpha": 8},
+    "scaled": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+    "wide": {"r": 9, "lora_alpha": 9, "target_modules": ["q_proj", "down_proj"]},
+    "head": {"r": 2, "target_modules": ["lm_head", "v_proj"]},
+    "patterns": {"r": 3, "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"0.*k_proj": 7}},
+}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    out = model(ids)
+    return getattr(out, "logits", out)
+
+
+def adapter_folder(path: Path, build: Callable[[], nn.Module], seed: int, **config: Any) -> Tensor:
+    """A folder of one adapter on its own, and what the model computes with it."""
+    model = build().eval()
+    apply_lora(model, LoRAConfig(**config))
+    save_adapter(random_adapters(model, seed=seed), path)
+    return logits(model)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Folders of `ADAPTERS` for `tiny_llama`, and the logits of each alone."""
+    folder = tmp_path_factory.mktemp("adapters")
+    wanted = {n: adapter_folder(folder / n, tiny_llama, i, **c) for i, (n, c) in enumerate(ADAPTERS.items())}
+    return folder, {**wanted, "__base__": logits(tiny_llama().eval())}
+
+
+@pytest.fixture
+def many(llamas: tuple[Path, dict[str, Tensor]]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A llama that holds all of `ADAPTERS`, "plain" in use."""
+    folder, wanted = llamas
+    model = tiny_llama().eval()
+    for name in ADAPTERS:
+        load_adapter(model, folder / name, name=name)
+    return model, wanted
+
+
+def test_each_adapter_computes_what_it_does_alone(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    assert list_adapters(model) == list(ADAPTERS)
+    for name in [*ADAPTERS, *reversed(ADAPTERS)]:
+        set_adapter(model, name)
+        assert active_adapter(model) == name
+        assert torch.equal(logits(model), wanted[name]), name
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_sequence_ends_where_a_fresh_load_does(data: st.DataObject, llamas: tuple[Path, dict[str, Tensor]]) -> None:
+    """Set, borrow, load, scale, delete in any order: what is in use is what a fresh model with it would be."""
+    folder, wanted = llamas
+    model = tiny_llama().eval()
+    first = data.draw(st.sampled_from(list(ADAPTERS)))
+    load_adapter(model, folder / first, name="x")
+    content = {"x": first}
+    for _ in range(data.draw(st.integers(1, 6))):
+        action = data.draw(st.sampled_from(["set", "load", "borrow", "delete", "fail", "off"]))
+        slot = data.draw(st.sampled_from(["x", "y", "z"]))
+        source = data.draw(st.sampled_from(list(ADAPTERS)))
+        if action == "load":
+            load_adapter(model, folder / source, name=slot)
+            content[slot] = source
+        elif slot in content and action == "set":
+            set_adapter(model, slot)
+        elif slot in content and action == "borrow":
+            with use_adapter(model, slot):
+                assert torch.equal(logits(model), wanted[content[slot]])
+        elif slot in content and slot != active_adapter(model) and action == "delete":
+            delete_adapter(model, slot)
+            del content[slot]
+        elif slot in content and action == "fail":
+            with pytest.raises(KeyError), use_adapter(model, slot):
+                raise KeyError
+        elif action == "off":
+            with disable_adapters(model):
+                assert torch.equal(logits(model), wanted["__base__"])
+        assert sorted(list_adapters(model)) == sorted(content)
+        assert torch.equal(logits(model), wanted[content[active_adapter(model)]])
+
+
+def test_waiting_adapters_are_seen_by_nothing(many: tuple[nn.Module, dict[str, Tensor]], tmp_path: Path) -> None:
+    model, _ = many
+    set_adapter(model, "wide")
+    alone = tiny_llama()
+    apply_lora(alone, LoRAConfig(**ADAPTERS["wide"]))
+    assert adapter_state_dict(model).keys() == adapter_state_dict(alone).keys()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in alone.named_parameters() if p.requires_grad}
+    assert all(p.numel() == 0 for n, p in model.named_parameters() if "adapter" in n and n not in trained)
+    entry = metadata(model)
+    assert entry["targets"] == metadata(alone)["targets"]
+    assert entry["config"]["r"] == 9
+    assert save_adapter(model, tmp_path / "out").tensors == 8
+    assert not [name for name in model.state_dict() if "waiting" in name]
+
+
+def test_parameters_stay_the_same_objects(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, _ = many
+    before = dict(model.named_parameters())
+    storages = {n: p.data_ptr() for n, p in before.items() if p.requires_grad}
+    set_adapter(model, "scaled")
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert all(after[name].data_ptr() != storages[name] for name in storages)
+    set_adapter(model, "plain")
+    assert {n: before[n].data_ptr() for n in storages} == storages, "a swap copies nothing"
+
+
+def test_training_moves_the_adapter_in_use_alone(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    set_adapter(model, "patterns")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    trained = logits(model)
+    assert not torch.allclose(trained, wanted["patterns"], atol=1e-3)
+    (said,) = notices(lambda: set_adapter(model, "head"))
+    assert "adapter 'patterns' goes out of use and its gradients are dropped" in said
+    assert all(p.grad is None for p in model.parameters())
+    for name in ADAPTERS:
+        assert notices(lambda name=name: set_adapter(model, name)) == []
+        assert torch.equal(logits(model), trained if name == "patterns" else wanted[name]), name
+
+
+def test_a_backward_through_an_adapter_that_was_swapped_is_an_error(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, _ = many
+    loss = model(IDS, labels=IDS).loss
+    set_adapter(model, "twin")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_borrowing_in_the_middle_of_a_step_changes_no_gradient(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    """As a reference model in DPO: forward, another forward with another adapter, backward; and accumulated."""
+    model, wanted = many
+
+    def grads(borrow: bool) -> list[Tensor]:
+        model.zero_grad()
+        for _ in range(2):
+            loss = model(IDS, labels=IDS).loss
+            if borrow:
+                for name in ("twin", "wide"):
+                    with use_adapter(model, name):
+                        assert torch.equal(logits(model), wanted[name])
+            loss.backward()
+            if borrow:
+                with use_adapter(model, "scaled"):
+                    model(IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain, borrowed = grads(False), grads(True)
+    assert len(plain) == 28
+    assert all(torch.equal(a, b) for a, b in zip(plain, borrowed, strict=True))
+
+
+def test_a_graph_made_while_borrowing_is_of_the_borrowed_adapter(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, _ = many
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def input_grad(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, embedded)[0]
+
+    with use_adapter(model, "wide"):
+        inside = input_grad(model(inputs_embeds=embedded, labels=IDS).loss)
+        loss = model(inputs_embeds=embedded, labels=IDS).loss
+    assert torch.equal(input_grad(loss), inside)
+
+
+def test_contexts_nest_and_restore(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    before = dict(model.named_parameters())
+    with use_adapter(model, "wide"):
+        with use_adapter(model, "plain"), use_adapter(model, "head"):
+            assert torch.equal(logits(model), wanted["head"])
+        assert torch.equal(logits(model), wanted["wide"])
+        set_adapter(model, "scaled")
+        assert torch.equal(logits(model), wanted["scaled"])
+        with pytest.raises(ConfigError, match="'plain' is in use: put another one"):
+            delete_adapter(model, "plain")
+    with use_adapter(model, "plain"):
+        set_adapter(model, "twin")
+    assert active_adapter(model) == "plain"
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(p.requires_grad == before[name].requires_grad for name, p in model.named_parameters())
+    for name in ADAPTERS:
+        set_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name]), name
+
+
+def test_strength_belongs_to_the_adapter(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    set_adapter_scale(model, 0.0)
+    assert torch.equal(logits(model), wanted["__base__"])
+    set_adapter(model, "wide")
+    assert torch.equal(logits(model), wanted["wide"])
+    set_adapter(model, "plain")
+    assert torch.equal(logits(model), wanted["__base__"])
+    set_adapter_scale(model, 1.0)
+    assert torch.equal(logits(model), wanted["plain"])
+
+
+def test_disabled_stays_disabled_over_a_swap(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    with disable_adapters(model):
+        set_adapter(model, "head")
+        assert torch.equal(logits(model), wanted["__base__"])
+    assert torch.equal(logits(model), wanted["head"])
+
+
+@pytest.mark.parametrize("name", ["head", "plain"])
+def test_merge_takes_the_adapter_in_use(name: str, many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    set_adapter(model, name)
+    report = merge_adapters(model)
+    assert len(report.layers) == (3 if name == "head" else 14)
+    assert torch.allclose(logits(model), wanted[name], atol=1e-5)
+
+
+def test_named_adapters_are_written_as_they_were_read(
+    many: tuple[nn.Module, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    model, wanted = many
+    for name in ADAPTERS:
+        save_adapter(model, tmp_path / name, name=name)
+        fresh = tiny_llama().eval()
+        load_adapter(fresh, tmp_path / name)
+        assert torch.equal(logits(fresh), wanted[name]), name
+    assert active_adapter(model) == "plain"
+    with pytest.raises(ConfigError, match=r"no adapter 'wid' \(nearest: 'wide'\)"):
+        save_adapter(model, tmp_path / "none", name="wid")
+
+
+def test_a_copy_has_adapters_of_its_own(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_adapter(other, "wide")
+        assert torch.equal(logits(other), wanted["wide"])
+        assert active_adapter(model) == "plain"
+        assert torch.equal(logits(model), wanted["plain"])
+
+
+def test_adapters_follow_a_model_that_was_cast(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    """The base goes to bf16, the master adapters stay fp32, waiting or not."""
+    model, wanted = many
+    model.bfloat16()
+    for name in ("wide", "plain"):
+        set_adapter(model, name)
+        assert {t.dtype for t in adapter_state_dict(model).values()} == {torch.float32}
+        assert torch.allclose(logits(model).float(), wanted[name], atol=0.05)
+
+
+def test_folders_of_another_dtype_are_cast_with_a_notice(llamas: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, wanted = llamas
+    model = tiny_llama().eval()
+    apply_lora(model, LoRAConfig(adapter_dtype="bf16"))
+    (said,) = notices(lambda: load_adapter(model, folder / "wide", name="wide"))
+    assert "is torch.float32, this model holds adapters in torch.bfloat16: it is rounded" in said
+    set_adapter(model, "wide")
+    assert torch.allclose(logits(model), wanted["wide"], atol=0.02)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_packed_base(quantize: str, tmp_path: Path) -> None:
+    configs = {"a": {"r": 4, "quantize": quantize}, "b": {"r": 3, "quantize": quantize, "target_modules": ["k_proj"]}}
+    wanted = {n: adapter_folder(tmp_path / n, tiny_llama, i, **c) for i, (n, c) in enumerate(configs.items())}
+    for order in ("ab", "ba"):
+        model = tiny_llama().eval()
+        for name in order:
+            load_adapter(model, tmp_path / name, name=name)
+        for name in (*order, *order):
+            set_adapter(model, name)
+            assert torch.equal(logits(model), wanted[name]), (order, name)
+
+
+def test_modules_to_save(tmp_path: Path) -> None:
+    """Modules trained in full are exchanged too; what one adapter does not train is the base's."""
+    configs: dict[str, dict[str, Any]] = {
+        "both": {"r": 2, "modules_to_save": ["classifier"]},
+        "other": {"r": 3, "modules_to_save": ["classifier", "pooler"], "target_modules": ["query"]},
+    }
+    wanted = {n: adapter_folder(tmp_path / n, tiny_bert, i + 5, **c) for i, (n, c) in enumerate(configs.items())}
+    model = tiny_bert().eval()
+    load_adapter(model, tmp_path / "both", name="both")
+    before = {id(p) for p in model.parameters()}
+    # `pooler.dense` is adapted by the first and trained in full by the second
+    with pytest.raises(UnsupportedError, match="trained in full by another"):
+        load_adapter(model, tmp_path / "other", name="other")
+    assert {id(p) for p in model.parameters()} == before
+    model = tiny_bert().eval()
+    configs["both"] |= {"exclude_modules": ["pooler.dense"]}
+    wanted["both"] = adapter_folder(tmp_path / "both", tiny_bert, 5, **configs["both"])
+    load_adapter(model, tmp_path / "both", name="both")
+    load_adapter(model, tmp_path / "other", name="other")
+    for name in ("other", "both", "other"):
+        set_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name])
+        with use_adapter(model, "both"):
+            assert torch.equal(logits(model), wanted["both"])
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == set(adapter_state_dict(model)), name
+        assert any("pooler" in n for n in trained) == (name == "other")
+
+
+def test_running_statistics_of_a_second_adapter_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    apply_lora(model, LoRAConfig(modules_to_save=["batch"]))
+    save_adapter(model, tmp_path / "a")
+    torch.manual_seed(0)
+    other = Normed()
+    apply_lora(other, LoRAConfig())
+    with pytest.raises(UnsupportedError, match="'batch' is trained in full and has running statistics"):
+        load_adapter(other, tmp_path / "a", name="a")
+
+
+def test_the_adapter_in_use_is_replaced_in_place(llamas: tuple[Path, dict[str, Tensor]]) -> None:
+    """Without a name it must fit; with its name it may be any."""
+    folder, wanted = llamas
+    model = tiny_llama().eval()
+    load_adapter(model, folder / "plain")
+    assert list_adapters(model) == ["default"]
+    parameters = {n: (p, p.data_ptr()) for n, p in model.named_parameters() if p.requires_grad}
+    load_adapter(model, folder / "twin")
+    assert torch.equal(logits(model), wanted["twin"])
+    assert all(
+        p is parameters[n][0] and p.data_ptr() == parameters[n][1]
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    )
+    for name in ("scaled", "wide"):
+        with pytest.raises(AdapterMismatchError):
+            load_adapter(model, folder / name)
+        assert torch.equal(logits(model), wanted["twin"])
+    for name in ("scaled", "wide", "head", "plain"):
+        load_adapter(model, folder / name, name="default")
+        assert list_adapters(model) == ["default"]
+        assert torch.equal(logits(model), wanted[name])
+
+
+def test_a_base_of_other_shapes_changes_nothing(llamas: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, _ = llamas
+    model = tiny_llama(hidden_size=32).eval()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
+    names = [name for name, _ in model.named_modules()]
+    (folder / "plain" / "lightning_lora.json").rename(tmp_path / "record")  # as a folder of PEFT's
+    try:
+        with pytest.raises(AdapterMismatchError):
+            load_adapter(model, folder / "plain", name="b")
+    finally:
+        (tmp_path / "record").rename(folder / "plain" / "lightning_lora.json")
+    assert [name for name, _ in model.named_modules()] == names
+    assert list_adapters(model) == ["default"]
+
+
+def test_messages(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, _ = many
+    with pytest.raises(ConfigError, match=r"no adapter 'wyde' \(nearest: 'wide'\); it has \['plain', 'twin'"):
+        set_adapter(model, "wyde")
+    with pytest.raises(ConfigError, match="give the whole model"):
+        set_adapter(model.model.layers[0], "wide")
+    with pytest.raises(ConfigError, match="has no adapters"):
+        set_adapter(tiny_llama(), "wide")
+    with pytest.raises(ConfigError, match="is in use: put another one"):
+        delete_adapter(model, "plain")
+    with pytest.raises(ConfigError, match="has an adapter 'wide' already"):
+        rename_adapter(model, "wide")
+    for name in ("", "__base__", 3):
+        with pytest.raises(ConfigError, match="must be a word other than '__base__'"):
+            rename_adapter(model, name)  # type: ignore[arg-type]
+    meta = tiny_llama()
+    apply_lora(meta, LoRAConfig())
+    two = nn.ModuleList([model, meta])
+    with pytest.raises(ConfigError, match="converted one by one"):
+        list_adapters(two)
+
+
+def test_adapters_on_the_meta_device_are_refused(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, _ = many
+    model.to("meta")
+    for swap in (set_adapter, lambda m, n: use_adapter(m, n).__enter__()):
+        with pytest.raises(UnsupportedError, match="sharded or on the meta device"):
+            swap(model, "twin")
+        assert active_adapter(model) == "plain"
+
+
+# Under a Trainer
+
+
+def test_inside_fit_a_swap_is_refused_and_borrowing_is_not(tmp_path: Path) -> None:
+    wanted = adapter_folder(tmp_path / "b", tiny_llama, 3, r=2)
+
+    class Curious(LM):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            with use_adapter(self, "b"):
+                assert torch.equal(logits(self.eval()), wanted)
+            self.train()
+            with pytest.raises(UnsupportedError, match="`fit` is training adapter 'default'"):
+                set_adapter(self, "b")
+            return loss
+
+    def trained(module: LM) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        apply_lora(module, LoRAConfig(r=4, lora_alpha=8))
+        load_adapter(module, tmp_path / "b", name="b")
+        make_trainer(tmp_path, [LoRA(r=4, lora_alpha=8)]).fit(module, loader())
+        return {name: tensor.clone() for name, tensor in adapter_state_dict(module).items()}
+
+    curious = Curious()
+    borrowed, plain = trained(curious), trained(LM())
+    assert all(torch.equal(borrowed[name], plain[name]) for name in plain)
+    set_adapter(curious, "b")
+    assert torch.equal(logits(curious.eval()), wanted)
+
+
+def test_a_second_adapter_trains_in_a_second_fit(tmp_path: Path) -> None:
+    adapter_folder(tmp_path / "b", tiny_llama, 3, r=2, target_modules=["q_proj"])
+    module = LM()
+    apply_lora(module, LoRAConfig(r=4))
+    load_adapter(module, tmp_path / "b", name="b")
+    first = {n: t.clone() for n, t in adapter_state_dict(module).items()}
+    set_adapter(module, "b")
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    trainer = make_trainer(tmp_path, [LoRA(**config)])
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["state_dict"].keys() == adapter_state_dict(module).keys()
+    assert len(kept["state_dict"]) == 4
+    assert all(torch.equal(t, adapter_state_dict(module)[n]) for n, t in kept["state_dict"].items())
+    set_adapter(module, "default")
+    assert all(torch.equal(t, first[n]) for n, t in adapter_state_dict(module).items())
+    # the checkpoint resumes in a module that knows nothing of the other adapter
+    fresh = LM()
+    make_trainer(tmp_path, [LoRA(**config)], max_steps=6).fit(fresh, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+# torch.compile
+
+
+def test_swaps_compile_nothing_anew(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return TinyNet()
+
+    configs: dict[str, dict[str, Any]] = {
+        "a": {"r": 4},
+        "b": {"r": 4, "lora_alpha": 5.0},
+        "c": {"r": 4, "use_rslora": True},
+        "other": {"r": 4},
+    }
+    wanted = {n: adapter_folder(tmp_path / n, net, i, **c) for i, (n, c) in enumerate(configs.items())}
+    model = net().eval()
+    for name in "abc":
+        load_adapter(model, tmp_path / name, name=name)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def check(name: str) -> None:
+        assert torch.allclose(logits(compiled), wanted[name], atol=1e-5), name
+        assert counters["stats"]["unique_graphs"] == 1, name
+
+    check("a")
+    for name in ("b", "c", "a", "b"):
+        set_adapter(model, name)
+        check(name)
+        with use_adapter(model, "c"):
+            check("c")
+        check(name)
+    set_adapter(model, "a")
+    load_adapter(model, tmp_path / "other")
+    check("other")
+    load_adapter(model, tmp_path / "b", name="a")
+    check("b")
+    set_adapter_scale(model, 0.5)
+    assert not torch.allclose(logits(compiled), wanted["b"], atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_vacant_layer_compiles_to_its_base(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return TinyNet()
+
+    wanted = {
+        "a": adapter_folder(tmp_path / "a", net, 0, r=4),
+        "b": adapter_folder(tmp_path / "b", net, 1, r=4, target_modules=["first"]),
+    }
+    model = net().eval()
+    load_adapter(model, tmp_path / "a", name="a")
+    load_adapter(model, tmp_path / "b", name="b")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for name in ("a", "b", "a"):
+        set_adapter(model, name)
+        assert torch.allclose(logits(compiled), wanted[name], atol=1e-5), name
+    assert sum(isinstance(m, LoRALinear) and m.vacant for m in model.modules()) == 0
