@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from torch import Tensor, nn
 from lightning_lora.config import AdapterRecord
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter
 from lightning_lora.io.conversion import config_for
+from lightning_lora.io.distributed import is_distributed
 from lightning_lora.io.folder import (
     CONFIG,
     FORMAT,
@@ -46,6 +49,7 @@ from lightning_lora.io.folder import (
     package_version,
 )
 from lightning_lora.io.integrity import digests
+from lightning_lora.io.litgpt import convert_litgpt, is_litgpt
 from lightning_lora.io.names import (
     adapter_root,
     clean,
@@ -177,7 +181,7 @@ def _save(model: nn.Module, path: Path, layout: str, dtype: str | None) -> Saved
 
 
 def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> None:
-    """Load an adapter folder, PEFT's or ours, into `model`, in place.
+    """Load an adapter folder, PEFT's, LitGPT's or ours, or a checkpoint's adapters into `model`, in place.
 
     A plain model is converted first as the folder's configuration says (a folder of ours may name a
     quantization). In a converted one, without a `name`, the adapter in use takes the folder's values and must be of
@@ -188,7 +192,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
 
     Args:
         model: A transformers model, any module, or a LightningModule around one.
-        dir: The folder.
+        dir: The folder: of `save_adapter`, of PEFT's ``save_pretrained`` (each adapter has one of its own) or of
+            ``litgpt finetune_lora`` (``lit_model.pth.lora`` with its two YAML files); or a checkpoint of a run.
         name: What to call the adapter; that in use (of a plain model "default") if null.
 
     Raises:
@@ -197,7 +202,15 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
         BaseMismatchError: The folder names another base than this model.
         UnsupportedError: The folder uses a method that is not built.
     """
-    model = unwrap(model)
+    model, path = unwrap(model), Path(dir).expanduser()
+    if path.is_file() or is_distributed(path):
+        _load_checkpoint(model, path, name)
+        return
+    if is_litgpt(path):
+        with tempfile.TemporaryDirectory() as converted:
+            convert_litgpt(model, path, Path(converted))
+            load_adapter(model, converted, name)
+        return
     folder = AdapterFolder.open(dir)
     folder.check_base(model)
     record = adapter_record(model)
@@ -223,6 +236,18 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
         load_resident(model, folder, name)
         return
     _copy(places, folder.checked_tensors(record.verified), strengths)
+
+
+def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
+    record = adapter_record(model)
+    if name is not None and record is not None and name != record.name:
+        raise UnsupportedError(
+            f"{path} is a checkpoint, which goes into the adapter in use alone: load it into a plain model, write it "
+            f"with `save_adapter`, and load that folder as {name!r}"
+        )
+    load_checkpoint_adapter(model, path)
+    if name is not None and record is None:
+        rename_adapter(model, name)
 
 
 @torch.no_grad()

@@ -7,16 +7,16 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Protocol
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, Notice
+from lightning_lora.errors import CheckpointError, ConfigError, Notice, TargetError
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, compare_shapes
 from lightning_lora.io.names import clean, inside, plain_modules
-from lightning_lora.io.peft_rules import Spec
 from lightning_lora.model.inner import clean_name, outermost
-from lightning_lora.model.targets import find_targets, is_adaptable
+from lightning_lora.model.targets import Targets, find_targets, is_adaptable
 from lightning_lora.nn.linear import linear_shape
 
 
@@ -41,7 +41,7 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
             ) from error
     compare_shapes(_shapes_for(modules, adapted, saved, folder), folder.shapes(), folder.path)
     full = {name: f"{prefix}.{name}" if prefix else name for name in [*adapted, *saved]}
-    return _fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
+    return fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
 
 
 def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
@@ -68,10 +68,36 @@ def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
     )
 
 
-def _fit(
-    model: nn.Module, config: LoRAConfig, spec: Spec, adapted: dict[str, str], saved: dict[str, str]
+class Ranks(Protocol):
+    """Rank and alpha of modules, by their names inside the transformers model."""
+
+    @property
+    def r(self) -> int:
+        """Of most."""
+
+    @property
+    def lora_alpha(self) -> float:
+        """Of most."""
+
+    def rank(self, name: str) -> int:
+        """Of one."""
+
+    def alpha(self, name: str) -> float:
+        """Of one."""
+
+
+def fit(
+    model: nn.Module, config: LoRAConfig, spec: Ranks, adapted: dict[str, str], saved: dict[str, str]
 ) -> LoRAConfig:
-    """Write names out in `config` wherever its words do not give exactly these modules, ranks and scales."""
+    """Write names out in `config` wherever its words do not give exactly these modules, ranks and scales.
+
+    Args:
+        model: A plain model.
+        config: A configuration that is meant to choose them.
+        spec: Ranks and scales.
+        adapted: By name inside the transformers model, the full name of each module to adapt.
+        saved: The same of the modules to train in full.
+    """
     if any(config.rank_for(full) != spec.rank(name) for name, full in adapted.items()):
         ranks = {f"^{re.escape(full)}": spec.rank(name) for name, full in adapted.items()}
         config = dataclasses.replace(config, r=spec.r, rank_pattern=ranks)
@@ -80,7 +106,10 @@ def _fit(
         config = dataclasses.replace(config, lora_alpha=spec.lora_alpha, alpha_pattern=alphas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
-        found = find_targets(model, config)
+        try:
+            found = find_targets(model, config)
+        except TargetError:  # words that hold another attribute's name
+            found = Targets([], [], [])
     if {clean_name(n) for n in found.saved} != {clean_name(n) for n in saved.values()}:
         config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None)
     if {clean_name(n) for n in found.adapted} != {clean_name(n) for n in adapted.values()}:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,13 +251,20 @@ def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str,
             )
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """`` (nearest there: 'name');`` with the name that is most like another, or a semicolon alone."""
+    return _near(difflib.get_close_matches(name, list(names), n=1), "there")
+
+
 def _near(names: list[str], where: str) -> str:
     return f" (nearest {where}: {names[0]!r});" if names else ";"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is no adapter folder: it has no {path.name}")
+        below = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
+        hint = f"; there are adapters in its folders {below}: give one of them" if below else ""
+        raise CheckpointError(f"{path.parent} is no adapter folder: it has no {path.name}{hint}")
     try:
         value = json.loads(path.read_text())
     except OSError as error:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.model.apply import adapter_modules, apply_lora
 from lightning_lora.nn.linear import LoRALinear
@@ -125,6 +126,43 @@ def pefts(kind: str, config: dict[str, Any]) -> PeftModel:
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_of_pefts_named_adapters_has_a_folder(tmp_path: Path) -> None:
+    oracle = pefts("llama", {})
+    oracle.add_adapter("second", LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in oracle.named_parameters():
+        if ".second." in name:
+            parameter.data += 0.1
+    oracle.save_pretrained(tmp_path / "p")
+    oracle.save_pretrained(tmp_path / "named", selected_adapters=["second"])
+    expected = logits(oracle)
+    first, second = tiny_llama(), tiny_llama()
+    load_adapter(first, tmp_path / "p")
+    load_adapter(second, tmp_path / "p" / "second")
+    oracle.set_adapter("second")
+    assert_close(logits(second), logits(oracle), logits(tiny_llama()))
+    assert_close(logits(first), expected, logits(tiny_llama()))
+    with pytest.raises(
+        CheckpointError, match=r"no adapter_config.json; there are adapters in .* \['second'\]: give one"
+    ):
+        load_adapter(tiny_llama(), tmp_path / "named")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_configuration_of_the_first_versions_of_peft(tmp_path: Path) -> None:
+    oracle = pefts("llama", {"target_modules": ["q_proj", "v_proj"]})
+    oracle.save_pretrained(tmp_path / "p")
+    words = {
+        "base_model_name_or_path": None, "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
+        "inference_mode": True, "lora_alpha": 8, "lora_dropout": 0.05, "merge_weights": False, "modules_to_save": None,
+        "peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(words))
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "p")
+    assert_close(logits(model), logits(oracle), logits(tiny_llama()))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

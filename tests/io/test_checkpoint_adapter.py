@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's checkpoint as a source of adapters for any model of the same base, whatever attribute holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_lora import LoRA
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, UnsupportedError
+from lightning_lora.io.adapter import load_adapter, save_adapter
+from lightning_lora.model.apply import adapter_modules, apply_lora
+from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_llama
+
+IDS = torch.arange(32).view(2, 16) % 61
+
+CASES: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "a list and patterns": {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"layers\.1\.mlp\.up_proj": 3}},
+    "a regular expression with the attribute in it": {"target_modules": r"net\.model\.layers\.1\..*(q|v)_proj"},
+    "a head kept": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "packed": {"quantize": "nf4", "target_modules": ["o_proj"]},
+}
+
+
+class Other(L.LightningModule):
+    """Holds the transformers model elsewhere, beside something of its own."""
+
+    def __init__(self, language: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"language": language, "scorer": nn.Linear(3, 3)})
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def trained(tmp_path: Path, **config: Any) -> tuple[nn.Module, Path]:
+    module = LM(tiny_llama())
+    checkpoint = ModelCheckpoint(tmp_path, filename="run")
+    make_trainer(tmp_path, [LoRA(r=4, **config), checkpoint], max_steps=3).fit(module, loader())
+    return module.net, tmp_path / "run.ckpt"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_loads_into_the_model_alone_and_into_another_module(case: str, tmp_path: Path) -> None:
+    live, path = trained(tmp_path, **CASES[case])
+    expected = logits(live)
+    assert not torch.equal(expected, logits(tiny_llama()))
+    alone = tiny_llama()
+    load_adapter(alone, path)
+    assert torch.equal(logits(alone), expected)
+    held = tiny_llama()
+    load_adapter(Other(held), path)
+    assert torch.equal(logits(held), expected)
+    same = LM(tiny_llama())
+    load_adapter(same, path)
+    assert torch.equal(logits(same.net), expected)
+    assert [name for name, _ in adapter_modules(alone)] == [name for name, _ in adapter_modules(live)]
+    save_adapter(alone, tmp_path / "a")
+    again = tiny_llama()
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits(again), expected)
+
+
+def test_it_loads_into_a_converted_model(tmp_path: Path) -> None:
+    live, path = trained(tmp_path)
+    model = tiny_llama()
+    apply_lora(model, LoRAConfig(r=4))
+    load_adapter(model, path)
+    assert torch.equal(logits(model), logits(live))
+    with pytest.raises(UnsupportedError, match="into the adapter in use alone"):
+        load_adapter(model, path, name="second")
+    other = tiny_llama()
+    apply_lora(other, LoRAConfig(r=8))
+    with pytest.raises(AdapterMismatchError, match="r: checkpoint 4, model 8"):
+        load_adapter(other, path)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    _, path = trained(tmp_path)
+    with pytest.raises(BaseMismatchError, match="trained on another base"):
+        load_adapter(tiny_llama(seed=1), path)
+    with pytest.raises(
+        AdapterMismatchError, match=r"the model has no module for 'net.model.layers.0.self_attn.q_proj'"
+    ):
+        load_adapter(TinyNet(), path)
+    plain = LM(tiny_llama())
+    make_trainer(tmp_path, [ModelCheckpoint(tmp_path, filename="plain")], max_steps=1).fit(plain, loader())
+    with pytest.raises(CheckpointError, match="holds no adapters of this package"):
+        load_adapter(tiny_llama(), tmp_path / "plain.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(CheckpointError):
+        load_adapter(tiny_llama(), tmp_path / "text.ckpt")
