@@ -52,6 +52,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "tensor_files",
         "skeleton",
         "tied",
+        "merge_base",
         "merge_plan",
         "merge_disk",
     ),

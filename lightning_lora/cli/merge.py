@@ -15,6 +15,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--base", default="dequantized", help="dequantized, what was trained, or original")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a file")
+    parser.add_argument("--check_base", type=bool, default=True, help="whether the base must be that of the training")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

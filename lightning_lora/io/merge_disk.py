@@ -29,6 +29,7 @@ from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, package_version
 from lightning_lora.io.merge import MergeReport
+from lightning_lora.io.merge_base import check_base_folder
 from lightning_lora.io.merge_plan import MergePlan
 from lightning_lora.io.merged_folder import REPORT, check_target
 from lightning_lora.io.tensor_files import Entry, TensorFolder, parse_size, write_shards
@@ -81,6 +82,7 @@ def merge_to_disk(
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    check_base: bool = True,
 ) -> DiskMergeReport:
     """Merge an adapter folder into a folder of safetensors, without loading the model.
 
@@ -96,6 +98,7 @@ def merge_to_disk(
         dtype: "auto" (each tensor's own), "fp32", "bf16" or "fp16".
         max_shard_size: Bytes of a file, or a text such as "5GB".
         progress: Show a bar where the error output is a terminal.
+        check_base: Compare the base with the fingerprint that an adapter folder of ours records.
 
     Returns:
         Errors by layer, also written as ``merge_report.json``.
@@ -103,6 +106,7 @@ def merge_to_disk(
     Raises:
         ConfigError: An argument has no such value.
         CheckpointError: A folder is missing, incomplete or broken.
+        BaseMismatchError: The adapter was trained on another base.
         MergeError: The adapter does not fit the base, or `out_dir` holds something else.
         UnsupportedError: A quantized base folder, or embeddings that cannot be untied.
     """
@@ -122,6 +126,8 @@ def merge_to_disk(
                 f"the adapter in {adapter.path} lies partly outside the transformers model, which a model folder has "
                 "no place for: merge in memory with `merge_adapters`"
             )
+        if check_base:
+            check_base_folder(source, adapter, config)
         merge = _Merge(source, adapter, config, None if dtype == "auto" else torch_dtype(dtype), report)
         report.nbytes = sum(entry.nbytes for entry in merge.entries.values())
         with tqdm(total=report.nbytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:

@@ -25,20 +25,21 @@ def load_config(folder: Path) -> Any:
         return None
 
 
-def skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
+def skeleton(folder: Path, config: Mapping[str, Any], kind: str = "") -> nn.Module | None:
     """The model that transformers builds for a folder, on the meta device; None where it cannot be built.
 
     Args:
         folder: The model folder.
         config: Its ``config.json``.
+        kind: Name of the model class; the configuration's own if empty, or if transformers has none of that name.
     """
     loaded = load_config(folder) if config else None
     if loaded is None:
         return None
     import transformers
 
-    architectures = config.get("architectures") or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
+    names = [kind, *(config.get("architectures") or [])[:1]]
+    cls = next((cls for name in names if name and (cls := getattr(transformers, name, None)) is not None), None)
     if cls is None:
         return None
     with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model class may raise without its weights

@@ -49,8 +49,8 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
     prefix, inner = inner_model(model)
     start = f"{prefix}." if prefix else ""
     left_out = tuple(f"{name}." for name in without)
-    inside = [t for name, t in _distinct_tensors(inner) if not f"{start}{name}".startswith(left_out)]
-    outside = [t for name, t in _distinct_tensors(model) if not name.startswith((start, *left_out))]
+    inside = [t for name, t in distinct_tensors(inner) if not f"{start}{name}".startswith(left_out)]
+    outside = [t for name, t in distinct_tensors(model) if not name.startswith((start, *left_out))]
     if any(tensor.is_meta for tensor in (*inside, *outside)):
         return None
     return {
@@ -65,12 +65,18 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
 
 
 @torch.no_grad()
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over shapes, dtypes and sampled values, in order; none of the tensors on the meta device."""
+def digest(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over shapes, dtypes and sampled values, in order; none of the tensors on the meta device.
+
+    Args:
+        tensors: What to hash.
+        dtype: Hash floating tensors as if they had been cast to it; as they are if null.
+    """
     hashed = hashlib.sha256()
     for tensor in tensors:
-        hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(_sample(tensor))
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        hashed.update(f"{tuple(tensor.shape)} {kind}".encode())
+        hashed.update(_sample(tensor, kind))
     return hashed.hexdigest()
 
 
@@ -87,7 +93,7 @@ def same_base(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | Non
     return expected["digest"] == found["digest"]
 
 
-def _distinct_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def distinct_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer once, with its name, tied ones at their first place."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -101,7 +107,7 @@ def _title(model: nn.Module) -> str:
     return f"{type(model).__name__} {name!r}" if name else type(model).__name__
 
 
-def _sample(tensor: Tensor) -> bytes:
+def _sample(tensor: Tensor, dtype: torch.dtype) -> bytes:
     flat = tensor.detach().reshape(-1)
     size = flat.numel()
     if size > SAMPLES:
@@ -110,4 +116,4 @@ def _sample(tensor: Tensor) -> bytes:
         share = torch.rand(SAMPLES, generator=generator, dtype=torch.float64)
         places = edges[:-1] + (share * edges.diff()).long()
         flat = flat[places.to(flat.device)]
-    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if size else b""
+    return flat.to(dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes() if size else b""
