@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
+    from lightning_lora.strategies.fsdp import AdapterFSDPStrategy
     from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
     from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
     from lightning_lora.strategies.state import AdapterStateMixin
@@ -50,6 +51,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterDDPStrategy": "strategies.ddp",
+    "AdapterFSDPStrategy": "strategies.fsdp",
     "AdapterModelParallelStrategy": "strategies.model_parallel",
     "AdapterSingleDeviceStrategy": "strategies.single_device",
     "AdapterStateMixin": "strategies.state",
@@ -81,6 +83,7 @@ _HOME = {
 __all__ = [
     "AdapterCheckpoint",
     "AdapterDDPStrategy",
+    "AdapterFSDPStrategy",
     "AdapterModelParallelStrategy",
     "AdapterSingleDeviceStrategy",
     "AdapterStateMixin",

@@ -63,7 +63,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "reporting": ("forgetting",),
     "strategies": (
         *("checkpoint_io", "together", "state", "sharded"),
-        *("single_device", "ddp", "model_parallel", "registry"),
+        *("single_device", "ddp", "fsdp", "model_parallel", "registry"),
     ),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
     "cli": ("inspect", "merge", "main"),

@@ -242,9 +242,9 @@ def trained_outside(model: nn.Module) -> list[str]:
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in adapter_modules(model):
-        tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
-            module.named_buffers(remove_duplicate=False)
-        )
+        tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        tensors |= dict(module.named_buffers(remove_duplicate=False))
+        tensors |= {clean_name(own): tensor for own, tensor in tensors.items()}  # inside wrappers of FSDP's
         found.update({f"{name}.{own}" if name else own: tensors[own] for own in module.trained_names()})
     return found
 

@@ -69,7 +69,7 @@ class GradientCheck:
         Raises:
             GradientError: A layer was called and its B has no gradient, or a zero one for `PATIENCE` steps.
         """
-        layers = {name: m for name, m in self._layers.items() if id(m.lora_B) in parameters}
+        layers = {name: m for name, m in self._layers.items() if id(m.lora_B) in parameters and m.lora_B.numel()}
         grads = {name: m.lora_B.grad for name, m in layers.items() if m.lora_B.grad is not None}
         if not layers:
             return

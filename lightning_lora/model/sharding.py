@@ -73,7 +73,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str] = 
         raise UnsupportedError("only a model with adapters is sharded here: call `apply_lora(model, config)` first")
     if is_fully_sharded(model):
         raise UnsupportedError("the model is sharded already; leave the sharding to one place")
-    blocks = find_blocks(model) if plan == "auto" else _named(model, plan)
+    blocks = plan_blocks(model, plan)
     for weight in [m for m in model.modules() if isinstance(m, PackedWeight)]:
         weight.as_parameters()
     adapters = [module for _, module in adapter_modules(model)]
@@ -123,6 +123,24 @@ def gathered(model: nn.Module, keep: bool, base: bool = True) -> nn.Module | Non
     return _plain(model, copies, {}) if keep else None
 
 
+@torch.no_grad()
+def without_units(model: nn.Module, copies: bool) -> nn.Module:
+    """A copy of a model that FSDP 1 wrapped, without the wrappers, while its parameters are whole.
+
+    Args:
+        model: The model, with the parameters that are wanted whole.
+        copies: Whether all of them are; otherwise those that are not trained go to the meta device.
+    """
+    made: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if isinstance(tensor, nn.Parameter):
+            full = tensor.detach().cpu().clone() if copies or tensor.requires_grad else tensor.detach().to("meta")
+            made[id(tensor)] = nn.Parameter(full, requires_grad=tensor.requires_grad)
+        else:
+            made[id(tensor)] = tensor
+    return _plain(model, made, {})
+
+
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether any parameter of ``model`` is spread over processes, by FSDP 2 or by tensor parallelism."""
     return any(is_sharded(p) for p in model.parameters())
@@ -131,6 +149,15 @@ def is_sharded_model(model: nn.Module) -> bool:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether FSDP 2 holds any part of ``model``."""
     return any(_is_unit(module) for module in model.modules())
+
+
+def plan_blocks(model: nn.Module, plan: str | Sequence[str]) -> list[str]:
+    """The names of the modules that ``plan`` means.
+
+    Raises:
+        ConfigError, TargetError: As of `shard_model`.
+    """
+    return find_blocks(model) if plan == "auto" else _named(model, plan)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -182,6 +209,10 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
 def _plain(module: nn.Module, tensors: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
     """``module`` once more over other tensors; everything that is neither tensor nor module is shared."""
     if id(module) in made:
+        return made[id(module)]
+    inner = module._modules.get("_fsdp_wrapped_module")
+    if inner is not None:  # FSDP 1's wrapper
+        made[id(module)] = _plain(inner, tensors, made)
         return made[id(module)]
     kind = type(module).__mro__[2] if _is_unit(module) else type(module)  # FSDP<X>, FSDPModule, X
     copy: nn.Module = object.__new__(kind)

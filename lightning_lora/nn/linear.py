@@ -59,6 +59,10 @@ class LoRAAdapter(KeepsDType):
         self.factor = factor
         self.scale.fill_(factor)
 
+    def forward(self, y: Tensor, x: Tensor, scale: float | Tensor, dropout: float) -> Tensor:
+        """``y + scale D(x) A^T B^T``: called where a wrapper gathers the factors as it is entered (FSDP 1)."""
+        return add_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, scale, dropout)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"A={tuple(self.lora_A.shape)}, B={tuple(self.lora_B.shape)}, {self.lora_A.dtype}"
@@ -250,6 +254,9 @@ class LoRALinear(AdapterModule):
         base = self.base_layer
         dropout = self.lora_dropout if self.training else 0.0
         scale = self.adapter.scale if torch.compiler.is_compiling() else self.adapter.factor
+        if not isinstance(self.adapter, LoRAAdapter):  # wrapped: its factors are whole only while it runs
+            y = base(x)
+            return self.adapter(y, x, scale, dropout) if active else y
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
         elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):

@@ -74,6 +74,7 @@ class PackedWeight(KeepsDType):
         self.quant_type = quant_type
         self.logical_shape = tuple(weight.shape)
         self.source_dtype = weight.dtype
+        self._stored: dict[str, tuple[torch.dtype, int]] = {}  # see `as_parameters`
         with torch.no_grad():
             for name, tensor in _pack(weight.detach(), quant_type).items():
                 self.register_buffer(name, tensor)
@@ -82,15 +83,18 @@ class PackedWeight(KeepsDType):
         """The dense weight, computed in fp32 and rounded once to ``dtype``."""
         with torch.no_grad():
             if self.quant_type == "int8":
-                scale = (self.absmax / 127).unsqueeze(1)
-                return torch.mul(self.codes, scale, out=torch.empty_like(self.codes, dtype=dtype))
-            return _dequantize_4bit(self.codes, self._block_absmax(), self.quant_type[:3], self.logical_shape, dtype)
+                codes, scale = self._bits("codes").view(self.logical_shape), (self._bits("absmax") / 127).unsqueeze(1)
+                return torch.mul(codes, scale, out=torch.empty_like(codes, dtype=dtype))
+            return _dequantize_4bit(
+                self._bits("codes"), self._block_absmax(), self.quant_type[:3], self.logical_shape, dtype
+            )
 
     def _block_absmax(self) -> Tensor:
+        absmax = self._bits("absmax")
         if self.quant_type != "nf4-dq":
-            return self.absmax
-        levels = _dynamic_levels(self.absmax.device)[self.absmax.int()]
-        blocks = torch.repeat_interleave(self.nested_absmax, NESTED_BLOCK)[: levels.numel()]
+            return absmax
+        levels = _dynamic_levels(absmax.device)[absmax.int()]
+        blocks = torch.repeat_interleave(self._bits("nested_absmax"), NESTED_BLOCK)[: levels.numel()]
         return levels * blocks + self.nested_offset
 
     @classmethod
@@ -101,16 +105,34 @@ class PackedWeight(KeepsDType):
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
         packed.quant_type, packed.logical_shape, packed.source_dtype = quant_type, logical_shape, source_dtype
+        packed._stored = {}
         for name, tensor in tensors.items():
             packed.register_buffer(name, tensor)
         return packed
 
-    def as_parameters(self) -> None:
-        """Make frozen parameters of the buffers, as sharding wants them; a single constant stays a buffer."""
+    def as_parameters(self, storage: torch.dtype | None = None) -> None:
+        """Make frozen parameters of the buffers, as sharding wants them; a single constant stays a buffer.
+
+        Args:
+            storage: Floating dtype to store the bits in, where only such parameters can be sharded.
+        """
         for name, buffer in list(self.named_buffers(recurse=False)):
-            if buffer.dim():
-                delattr(self, name)
-                self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+            if not buffer.dim():
+                continue
+            if storage is not None:
+                self._stored[name] = (buffer.dtype, buffer.numel() * buffer.element_size())
+                flat = buffer.reshape(-1).view(torch.uint8)
+                buffer = torch.nn.functional.pad(flat, (0, -flat.numel() % storage.itemsize)).view(storage)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+    def _bits(self, name: str) -> Tensor:
+        """A buffer in its own dtype, flat, however it is stored."""
+        tensor: Tensor = getattr(self, name)
+        if name not in self._stored:
+            return tensor
+        dtype, nbytes = self._stored[name]
+        return tensor.detach().view(torch.uint8)[:nbytes].view(dtype)
 
     @property
     def nbytes(self) -> int:

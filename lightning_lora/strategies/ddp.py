@@ -47,12 +47,9 @@ class ReplicatedBaseMixin(AdapterStateMixin):
         """
         super().model_to_device()  # type: ignore[safe-super]
         module = self.lightning_module
-        record = None if module is None else adapter_record(module)
-        if module is None or record is None or self.world_size == 1:
+        if module is None or adapter_record(module) is None or self.world_size == 1:
             return
-        base = frozen_base(module)
-        compare_ranks([(record.fingerprint or {}).get("digest"), digest(base.values())])
-        names = [*vars(module).get(_IGNORED, ()), *base]
+        names = [*vars(module).get(_IGNORED, ()), *compare_bases(module, self.world_size)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
@@ -79,6 +76,15 @@ def frozen_base(module: nn.Module) -> dict[str, Tensor]:
     }
     frozen |= {name: b for name, b in module.named_buffers(remove_duplicate=False) if "." in name}
     return {name: tensor for name, tensor in frozen.items() if id(tensor) not in sent}
+
+
+def compare_bases(module: nn.Module, world_size: int) -> dict[str, Tensor]:
+    """`compare_ranks` of a converted module that is still whole; gives its frozen base."""
+    base = frozen_base(module)
+    record = adapter_record(module)
+    if world_size > 1 and record is not None:
+        compare_ranks([(record.fingerprint or {}).get("digest"), digest(base.values())])
+    return base
 
 
 def compare_ranks(values: list[str | None]) -> None:

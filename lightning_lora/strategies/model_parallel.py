@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.sharding import check_plan, is_fully_sharded, shard_model
+from lightning_lora.model.sharding import check_plan, is_fully_sharded, is_sharded_model, shard_model
+from lightning_lora.strategies.ddp import compare_bases
 from lightning_lora.strategies.sharded import ShardedStateMixin
 
 
@@ -43,6 +44,7 @@ class AdapterModelParallelStrategy(ModelParallelStateMixin, ModelParallelStrateg
     Raises:
         ConfigError: The plan is no plan, or the sizes do not divide the devices.
         TargetError: A name of the plan matches no module.
+        BaseMismatchError: The processes built different bases.
     """
 
     strategy_name = "lora_model_parallel"
@@ -82,4 +84,6 @@ class AdapterModelParallelStrategy(ModelParallelStateMixin, ModelParallelStrateg
         """Spread the converted ``module`` over the data-parallel mesh as the plan says; once."""
         mesh = self.device_mesh["data_parallel"]
         if mesh.size() > 1 and not is_fully_sharded(module):
+            if not is_sharded_model(module):  # a plan of tensor parallelism has sent the first process's weights
+                compare_bases(module, self.world_size)
             shard_model(module, mesh, self.fsdp_plan)

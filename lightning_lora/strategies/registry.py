@@ -6,6 +6,7 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
@@ -15,16 +16,18 @@ from torch.nn import Module
 
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
+from lightning_lora.strategies.fsdp import AdapterFSDPStrategy, FSDPStateMixin
 from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy, ModelParallelStateMixin
 from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
 from lightning_lora.strategies.state import AdapterStateMixin
 
-STRATEGIES = (AdapterSingleDeviceStrategy, AdapterDDPStrategy, AdapterModelParallelStrategy)
+STRATEGIES = (AdapterSingleDeviceStrategy, AdapterDDPStrategy, AdapterFSDPStrategy, AdapterModelParallelStrategy)
 
 # What gives a user's own strategy of a kind the behaviour.
 _MIXINS: tuple[tuple[type, type[AdapterStateMixin]], ...] = (
     (SingleDeviceStrategy, AdapterStateMixin),
     (DDPStrategy, ReplicatedBaseMixin),
+    (FSDPStrategy, FSDPStateMixin),
     (ModelParallelStrategy, ModelParallelStateMixin),
 )
 
