@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lightning_lora import (
     AdapterDDPStrategy,
@@ -66,11 +66,6 @@ def test_a_users_strategy_gets_the_behaviour_once() -> None:
     assert kind.__name__ == "AdapterMine"
     attach(strategy)
     assert type(strategy) is kind
-
-
-def test_strategies_of_other_kinds_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="`LoRA` does not work with `FSDPStrategy` in this version; it works on"):
-        attach(FSDPStrategy())
 
 
 def test_spawn_is_refused() -> None:
