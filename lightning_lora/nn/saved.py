@@ -25,6 +25,7 @@ class SavedModule(AdapterModule):
 
     def __init__(self, original: nn.Module, record: AdapterRecord) -> None:
         super().__init__(record)
+        self.training = original.training
         self.trained = copy.deepcopy(original).requires_grad_(True)
         self.original = original.requires_grad_(False)
         for module in original.modules():
