@@ -90,9 +90,14 @@ class AdapterModule(nn.Module):
         return {name: self.live(name) for name in self.own_names()}
 
     def put_back(self, objects: dict[str, Tensor], held: Held | None) -> None:
-        """Undo a `hold` that was not in place: the former parameters, and what `held` gave then."""
+        """Undo a `hold` that was not in place.
+
+        Args:
+            objects: What `objects` gave before.
+            held: What `held` gave before, made of the same parameters.
+        """
         self.hold(held, in_place=False)
-        for name, tensor in objects.items():
+        for name, tensor in objects.items() if held is None else ():
             self._put(name, tensor, in_place=False, learns=False)
 
     def exchange(self, held: Held | None) -> Held | None:

@@ -188,8 +188,13 @@ class LoRALinear(AdapterModule):
             A.data, B.data, A.grad, B.grad = tensors["adapter.lora_A"], tensors["adapter.lora_B"], None, None
             torch.autograd.graph.increment_version((A, B))
         else:
+            parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
             for name, tensor in tensors.items():
-                self._put(name, tensor, in_place, learns=self.lora_A.requires_grad)
+                own = name.removeprefix("adapter.")
+                if type(tensor) is nn.Parameter and tensor.device == parameters[own].device:
+                    parameters[own] = tensor
+                else:
+                    self._put(name, tensor, in_place, learns=parameters[own].requires_grad)
         # Not by attributes: `nn.Module` looks at each that is set.
         vars(self).update(
             r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, _strength=strength
