@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.matrix import assert_resumed, played
 from tests.e2e.runs import Scenario, cut_path, fit, play
 
 EXACT: dict[str, dict[str, Any]] = {
@@ -130,3 +131,9 @@ def test_a_checkpoint_without_a_place_gives_a_notice(tmp_path: Path) -> None:
 def test_worker_processes_give_a_notice(tmp_path: Path) -> None:
     result = play(Scenario(str(tmp_path), workers=2, steps=14, cut=11, size=80))
     assert any("worker processes" in n for n in result["notices"])
+
+
+def test_cut_by_a_signal(tmp_path: Path) -> None:
+    """Two cases of the matrix that the slow tests go through."""
+    for found in played(tmp_path, ["single-none-validation", "ddp-nf4-step"]).values():
+        assert_resumed(found)
