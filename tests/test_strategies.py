@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
 from lightning_lora import (
     AdapterDDPStrategy,
@@ -27,7 +27,7 @@ from lightning_lora import (
     adapter_state_dict,
     apply_lora,
 )
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO
 from lightning_lora.strategies.registry import attach, register_strategies
 from tests.helpers import LM, TinyNet, loader, make_trainer
@@ -66,6 +66,44 @@ def test_a_users_strategy_gets_the_behaviour_once() -> None:
     assert kind.__name__ == "AdapterMine"
     attach(strategy)
     assert type(strategy) is kind
+
+
+class Unheard(Strategy):
+    """A strategy from elsewhere: one CPU process, nothing of Lightning's own kinds."""
+
+    root_device = torch.device("cpu")
+    is_global_zero, global_rank, local_rank, node_rank, world_size = True, 0, 0, 0, 1
+
+    def model_to_device(self) -> None:
+        pass
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    def barrier(self, name: str | None = None) -> None:
+        pass
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        return tensor
+
+
+def test_an_unknown_strategy_gives_a_notice_and_plain_behaviour(tmp_path: Path) -> None:
+    module, strategy = LM(TinyNet()), Unheard()
+    trainer = make_trainer(tmp_path, [LoRA(r=4)], strategy=strategy)
+    with pytest.warns(Notice, match="`Unheard` is a strategy that `LoRA` does not know: adapters are trained, and its"):
+        trainer.fit(module, loader())
+    assert type(strategy) is Unheard
+    assert all(float(t.abs().sum()) > 0 for t in adapter_state_dict(module).values())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    whole = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert whole["state_dict"].keys() == module.state_dict().keys()
+    again = make_trainer(tmp_path, [LoRA(r=4)], strategy=Unheard(), max_steps=6)
+    with pytest.warns(Notice, match="does not know"):
+        again.fit(LM(TinyNet()), loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert again.global_step == 6
 
 
 def test_spawn_is_refused() -> None:

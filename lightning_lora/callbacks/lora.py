@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_lora.config import DTypeName, InitMode, LoRAConfig, MasterDTypeName, QuantizeMode
 from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora
+from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora, merged_layers
 from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
@@ -55,7 +56,8 @@ class LoRA(Callback):
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
         compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.
         adapter_dtype: Dtype of the master adapters, kept under every `precision`.
-        init_from: Adapter folder to start from (weights only; a checkpoint given to `fit` goes before it).
+        init_from: Adapter folder, or a checkpoint of an earlier run, to start from: weights only. A checkpoint that
+            is given to `fit` goes before it.
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -213,6 +215,8 @@ class LoRA(Callback):
                     f"says {self.config}. Use the same in both places, or a fresh module"
                 )
             return
+        if merged_layers(pl_module) and trainer.state.fn != TrainerFn.FITTING:
+            return  # it is looked at as it is; a checkpoint that is to be loaded into it is refused
         self._succession = Succession(pl_module)
         with _rank_zero_notices(trainer):
             root = trainer.strategy.root_device

@@ -179,7 +179,8 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
         told += [_difference(entry[key], own[key]) for key in ("targets", "saved") if entry[key] != own[key]]
         raise AdapterMismatchError(
             f"the checkpoint was made with another LoRA configuration ({'; '.join(told)}): give `LoRA` "
-            "the checkpoint's values, or start anew from its weights with `init_from`"
+            "the checkpoint's values"
+            + ("; `init_from` takes it over to another packing" * (set(differing) == {"quantize"}))
         )
     _compare_bases(entry.get("fingerprint"), own["fingerprint"])
 

@@ -9,6 +9,7 @@ transformers model's own names is exchanged.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError
+from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, Notice
 from lightning_lora.io.checkpoint import load_state
 from lightning_lora.io.checkpoint_file import KEY
 from lightning_lora.io.conversion import fit
@@ -78,6 +79,8 @@ def load_checkpoint_adapter(model: nn.Module, path: str | os.PathLike[str]) -> N
         adapted = {name: full[name] for name in (inside(n, theirs) for n in entry["targets"])}
         saved = {name: full[name] for name in (inside(n, theirs) for n in entry["saved"])}
         apply_lora(model, fit(model, config, _Ranks(config, theirs), adapted, saved))
+    else:
+        checkpoint = _packed_as_here(model, checkpoint, path)
     if theirs != ours:
         checkpoint = _renamed(checkpoint, theirs, ours, _outside(model))
     load_state(model, checkpoint, strict=True, file=path)
@@ -95,6 +98,21 @@ def _prefix(names: list[str], modules: Mapping[str, nn.Module], path: str | os.P
         f"{os.fspath(path)}: the model has no module for {missing!r}{near(missing, modules)} "
         "Is it the base that it was trained on?"
     )
+
+
+def _packed_as_here(model: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Adapters go over to a base that is packed in another way; a run that goes on does not."""
+    entry, record = checkpoint[KEY], adapter_record(model)
+    trained = entry["config"].get("quantize") if isinstance(entry.get("config"), dict) else None
+    if record is None or trained is None or trained == record.config.quantize:
+        return checkpoint
+    warnings.warn(
+        f"the adapters in {os.fspath(path)} were trained over a base packed as {trained!r}, this one is "
+        f"{record.config.quantize!r}: its outputs will differ a little",
+        Notice,
+        stacklevel=4,
+    )
+    return {**checkpoint, KEY: {**entry, "config": {**entry["config"], "quantize": record.config.quantize}}}
 
 
 def _renamed(checkpoint: Mapping[str, Any], theirs: str, ours: str, outside: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, MergeError
 from lightning_lora.io.names import adapter_root, clean, parents
-from lightning_lora.model.apply import is_adapted
+from lightning_lora.model.apply import is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
@@ -114,6 +114,7 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
             _measure(report, clean(names[0]), module, weight)
+            mark_merged(plain)
         elif isinstance(module, SavedModule):
             _check_finite(report, clean(names[0]), *plain.parameters())
         for name in names:

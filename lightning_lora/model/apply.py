@@ -33,6 +33,8 @@ from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
 
+_MERGED = "_lightning_lora_merged"  # on a layer
+
 
 @dataclass(frozen=True)
 class ApplyReport:
@@ -72,7 +74,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
         device: Where weights are packed and then stay, the GPU that the model will run on; where they are if None.
 
     Raises:
-        AlreadyAdaptedError: The model already carries adapters.
+        AlreadyAdaptedError: The model already carries adapters, or they were merged into it in memory.
         TargetError: Nothing matched, or something that cannot be adapted.
         UnsupportedError: The model is already sharded, or is to be packed and is quantized already.
         QuantizationError: A layer that bitsandbytes quantized cannot be taken over.
@@ -180,6 +182,31 @@ def is_adapted(model: nn.Module) -> bool:
     return adapter_record(model) is not None
 
 
+def mark_merged(layer: nn.Module) -> None:
+    """Note on a plain layer that an adapter was folded into it."""
+    setattr(layer, _MERGED, True)
+
+
+def merged_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of ``model`` that an adapter was folded into in memory."""
+    return [name for name, module in model.named_modules() if getattr(module, _MERGED, False)]
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """See that no layer of ``model`` has an adapter folded into it.
+
+    Raises:
+        AlreadyAdaptedError: Some have.
+    """
+    merged = merged_layers(model)
+    if merged:
+        raise AlreadyAdaptedError(
+            f"adapters were merged into {len(merged)} layers of the model in memory, {merged[0]!r} first: what they "
+            "learned would count twice under an adapter that is loaded or resumed. Start from a fresh base model; to "
+            "train on top of the merged weights, save the merged model and load it"
+        )
+
+
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The entries of ``model.state_dict()`` that adapters and ``modules_to_save`` train, wrappers out of their names.
 
@@ -274,6 +301,7 @@ def _refuse_converted(model: nn.Module) -> None:
             "the model already carries adapters of PEFT's: give the base model, after `merge_and_unload()` or "
             "`unload()`, and load a saved adapter with `lightning_lora.load_adapter`"
         )
+    refuse_merged(model)
     sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
     if sharded or any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise UnsupportedError(

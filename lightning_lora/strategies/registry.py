@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -14,7 +16,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.nn import Module
 
-from lightning_lora.errors import UnsupportedError
+from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
 from lightning_lora.strategies.fsdp import AdapterFSDPStrategy, FSDPStateMixin
 from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy, ModelParallelStateMixin
@@ -44,9 +46,11 @@ def register_strategies() -> None:
 def attach(strategy: Strategy) -> None:
     """Give a strategy of the user's the behaviour of `AdapterStateMixin`, in place.
 
+    A strategy of an unknown kind is left as it is, with a notice.
+
     Raises:
-        UnsupportedError: The strategy is not one whose checkpoints this version can keep to adapters, or it
-            launches by ``spawn`` or ``fork``: the adapters would not come back from the processes it starts.
+        UnsupportedError: The strategy launches by ``spawn`` or ``fork``: the adapters would not come back from
+            the processes it starts.
     """
     kind = type(strategy)
     if getattr(strategy.launcher, "_start_method", None) is not None:  # no public way to tell the launchers apart
@@ -58,10 +62,15 @@ def attach(strategy: Strategy) -> None:
         return
     mixin = next((mixin for base, mixin in _MIXINS if isinstance(strategy, base)), None)
     if mixin is None:
-        raise UnsupportedError(
-            f"`LoRA` does not work with `{kind.__name__}` in this version; it works on a single device and with "
-            '`strategy="ddp"`'
+        known = ", ".join(f"`{base.__name__}`" for base, _ in _MIXINS)
+        warnings.warn(
+            f"`{kind.__name__}` is a strategy that `LoRA` does not know: adapters are trained, and its checkpoints are "
+            "its own, with the whole model in them; their place in an epoch and random states are not kept. Use a "
+            f"strategy made of one of {known}, or put `AdapterStateMixin` before its class",
+            Notice,
+            stacklevel=2,
         )
+        return
     strategy.__class__ = type(f"Adapter{kind.__name__}", (mixin, kind), {})
 
 

@@ -28,7 +28,7 @@ from lightning_lora.io.checkpoint_file import unmapped
 from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.io.resumable import resumable
-from lightning_lora.model.apply import adapter_state_dict, is_adapted
+from lightning_lora.model.apply import adapter_state_dict, is_adapted, refuse_merged
 from lightning_lora.model.inner import clean_name
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
@@ -218,6 +218,8 @@ class AdapterStateMixin(Strategy):
 
     def _converted_module(self) -> torch.nn.Module:
         module = self.lightning_module
+        if module is not None and not is_adapted(module):
+            refuse_merged(module)
         if module is None or not is_adapted(module):
             raise CheckpointError(
                 f"`{type(self).__name__}` saves and loads adapters, and the module has none: add the "
