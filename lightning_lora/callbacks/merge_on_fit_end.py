@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.config import DTypeName
-from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
-from lightning_lora.io.adapter import load_adapter
+from lightning_lora.errors import ConfigError, MergeError
+from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.io.checkpoint import load_state
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.merge import MergeReport
-from lightning_lora.io.merged_folder import check_target, write_merged
+from lightning_lora.io.merge_disk import merge_to_disk
+from lightning_lora.io.merged_folder import check_target, compare_folder, write_merged
 from lightning_lora.io.names import adapter_root
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
 from lightning_lora.model.inner import is_hf_model
@@ -54,13 +56,15 @@ class MergeOnFitEnd(Callback):
         weights: "last", what training left, or "best", the best checkpoint of `AdapterCheckpoint` (or of
             another `ModelCheckpoint`), loaded for the merge and put back.
         base: "dequantized": a packed base is merged from the weights that the adapters were trained over.
-            "original" is not built in this version.
+            "original": they are added to the files of the folder that the base was loaded from, as they lie there
+            (see `merge_to_disk`). With a packed base that is another model than the one that was trained: the
+            difference is reported, and no limit is set.
         dtype: Of the written weights: "auto" (the base's own), "fp32", "bf16" or "fp16".
 
     Raises:
-        ConfigError: An argument has no such value, or the model has no adapters.
+        ConfigError: An argument has no such value, the model has no adapters, or (at fit start) the base's folder
+            is not known.
         MergeError: The folder holds something else (at fit start), or the merged model differs too much.
-        UnsupportedError: ``base="original"``.
     """
 
     def __init__(
@@ -73,14 +77,12 @@ class MergeOnFitEnd(Callback):
         super().__init__()
         if weights not in ("last", "best"):
             raise ConfigError(f'`weights` must be "last" or "best", got {weights!r}')
-        if base == "original":
-            raise UnsupportedError('`base="original"` is not built in this version; use base="dequantized"')
-        if base != "dequantized":
-            raise ConfigError(f'`base` must be "dequantized", got {base!r}')
+        if base not in ("dequantized", "original"):
+            raise ConfigError(f'`base` must be "dequantized" or "original", got {base!r}')
         if dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f'`dtype` must be "auto", "fp32", "bf16" or "fp16", got {dtype!r}')
         self.dirpath = Path(os.path.abspath(os.path.expanduser(dirpath)))
-        self.weights, self.dtype = weights, dtype
+        self.weights, self.base, self.dtype = weights, base, dtype
         self.report: MergeReport | None = None
         self._inputs = FirstInputs()
 
@@ -96,6 +98,8 @@ class MergeOnFitEnd(Callback):
             raise ConfigError("MergeOnFitEnd: the model has no adapters; add the `LoRA` callback")
         if self.weights == "best" and not _checkpoints(trainer):
             raise ConfigError('`weights="best"` needs a checkpoint callback; add AdapterCheckpoint(monitor=...)')
+        if self.base == "original":
+            _base_folder(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first batch."""
@@ -134,17 +138,23 @@ class MergeOnFitEnd(Callback):
         self._inputs.seen.clear()
 
     def _write(self, trainer: pl.Trainer, pl_module: nn.Module) -> None:
-        notes: dict[str, Any] = {"weights": self.weights, "base": "dequantized"}
         with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
-            self.report = write_merged(
-                pl_module,
-                self.dirpath,
-                self.dtype,
-                self._inputs.seen,
-                _find_tokenizer(pl_module, trainer),
-                {**notes, "checkpoint": source},
-            )
+            notes: dict[str, Any] = {"weights": self.weights, "base": self.base, "checkpoint": source}
+            tokenizer = _find_tokenizer(pl_module, trainer)
+            if self.base == "original":
+                self.report = self._write_original(pl_module, tokenizer, notes)
+            else:
+                inputs = self._inputs.seen
+                self.report = write_merged(pl_module, self.dirpath, self.dtype, inputs, tokenizer, notes)
         rank_zero_info(f"MergeOnFitEnd: {self.dirpath}: {self.report}")
+
+    def _write_original(self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any]) -> MergeReport:
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = Path(folder) / "adapter"
+            save_adapter(pl_module, adapter)
+            report = merge_to_disk(_base_folder(pl_module), adapter, self.dirpath, base="original", dtype=self.dtype)
+        compare_folder(pl_module, self.dirpath, report, self._inputs.seen, tokenizer, notes)
+        return report
 
 
 class FirstInputs:
@@ -253,6 +263,22 @@ def _best_weights(trainer: pl.Trainer, pl_module: nn.Module) -> Iterator[str]:
         load_adapter_state(pl_module, own)
         for module, strength in strengths:
             module.strength = strength
+
+
+def _base_folder(pl_module: nn.Module) -> Path:
+    """The folder that the base was loaded from.
+
+    Raises:
+        ConfigError: It is not known, or none.
+    """
+    _, root = adapter_root(pl_module)
+    name = getattr(getattr(root, "config", None), "_name_or_path", None)
+    if not name or not is_hf_model(root) or not Path(name).is_dir():
+        raise ConfigError(
+            '`base="original"` adds the update to the files of the base: load it with `from_pretrained(folder)` from a '
+            f"folder of this machine (known is {name!r}), or merge later with `merge_to_disk`"
+        )
+    return Path(name)
 
 
 def _find_tokenizer(pl_module: nn.Module, trainer: pl.Trainer) -> Any:

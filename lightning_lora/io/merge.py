@@ -76,7 +76,8 @@ class MergeReport:
         if self.worst_lost[1] > 0.01:
             text += f", up to {self.worst_lost[1]:.1%} of an update lost to rounding ({self.worst_lost[0]})"
         if self.logit_error is not None:
-            text += f"; outputs differ by {self.logit_error:.2e} (limit {self.logit_limit:.0e}) on {self.checked_on}"
+            limit = "no limit" if self.logit_limit is None else f"limit {self.logit_limit:.0e}"
+            text += f"; outputs differ by {self.logit_error:.2e} ({limit}) on {self.checked_on}"
         return text
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
-from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.atomic import atomic_folder, atomic_write
 from lightning_lora.io.folder import package_version
 from lightning_lora.io.merge import (
     LOGIT_LIMITS,
@@ -108,6 +108,34 @@ def write_merged(
         entry = {"lightning_lora": package_version(), **(notes or {}), **report.to_dict()}
         (part / REPORT).write_text(json.dumps(entry, indent=2) + "\n")
     return report
+
+
+def compare_folder(
+    model: nn.Module,
+    dir: str | os.PathLike[str],
+    report: MergeReport,
+    inputs: Inputs | None = None,
+    tokenizer: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Measure how far a merged folder that stands there is from the live model; no limit is set.
+
+    Args:
+        model: The live model.
+        dir: The folder, of a transformers model; its ``merge_report.json`` is written anew.
+        report: Of the merge; `logit_error` and `checked_on` are filled in.
+        inputs: See `write_merged`.
+        tokenizer: Saved beside the model.
+        notes: Further entries of ``merge_report.json``.
+    """
+    path, root = Path(dir), adapter_root(model)[1]
+    with preserve_rng(), torch.no_grad():
+        _compare(root, path, inputs or {}, report)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    entry = {"lightning_lora": package_version(), **report.to_dict(), **(notes or {})}
+    with atomic_write(path / REPORT) as part:
+        part.write_text(json.dumps(entry, indent=2) + "\n")
 
 
 def check_target(dir: str | os.PathLike[str], argument: str = "dirpath") -> None:

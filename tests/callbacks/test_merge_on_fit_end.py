@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
-from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
+from lightning_lora.errors import ConfigError, MergeError, Notice
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, set_adapter_scale
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
@@ -65,6 +65,35 @@ def test_the_folder_is_there_and_the_live_model_goes_on(make: Any, quantize: str
     assert best == again
     assert plain == pytest.approx(before[0]["val_loss"], rel=1e-6)
     assert state.keys() == adapter_state_dict(model).keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_original_base_is_merged_from_its_folder(quantize: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    model = LM(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    merge = MergeOnFitEnd(tmp_path / "m", base="original")
+    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), merge], max_steps=8)
+    trainer.fit(model, loader())
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    for name, module in adapter_modules(model.net):
+        weight = tiny_llama().get_submodule(name).weight + module.delta_weight()
+        assert error(loaded.get_submodule(name).weight, weight) < 1e-6
+    found = error(logits(loaded), logits(model))
+    assert (found > 1e-3) is (quantize != "none")  # another model than the one that was trained, by q
+    assert merge.report is not None
+    assert merge.report.logit_limit is None
+    assert (merge.report.logit_error > 1e-3) is (quantize != "none")
+    assert bool(merge.report.q_over_dw) is (quantize != "none")
+    written = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert (written["weights"], written["base"], written["checked_on"]) == ("last", "original", "a training batch")
+
+
+def test_the_original_base_needs_its_folder(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [LoRA(r=4), MergeOnFitEnd(tmp_path / "m", base="original")], max_steps=1)
+    with pytest.raises(ConfigError, match=r"load it with `from_pretrained\(folder\)`"):
+        trainer.fit(LM(tiny_llama()), loader())
 
 
 def test_testing_the_best_after_the_merge_gives_the_live_numbers(tmp_path: Path) -> None:
@@ -340,7 +369,7 @@ def test_fast_dev_run_writes_nothing_and_says_so(tmp_path: Path, caplog: pytest.
     ("arguments", "kind", "message"),
     [
         ({"weights": "worst"}, ConfigError, '`weights` must be "last" or "best", got \'worst\''),
-        ({"base": "original"}, UnsupportedError, '`base="original"` is not built'),
+        ({"base": "requantized"}, ConfigError, '`base` must be "dequantized" or "original"'),
         ({"base": "other"}, ConfigError, '`base` must be "dequantized"'),
         ({"dtype": "fp8"}, ConfigError, "`dtype` must be"),
     ],
