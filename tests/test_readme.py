@@ -151,11 +151,11 @@ def test_broken_python_block_fails() -> None:
 
 
 @pytest.mark.parametrize("block", of_kind("yaml"))
-def test_yaml_block_makes_its_callbacks(block: Block, tmp_path: Path) -> None:
+def test_yaml_block_makes_its_objects(block: Block, tmp_path: Path) -> None:
     (tmp_path / "block.yaml").write_text(block.text)
-    callbacks = instantiated(tmp_path / "block.yaml").trainer.callbacks
+    trainer = instantiated(tmp_path / "block.yaml").trainer
     for name in re.findall(r"class_path: lightning_lora\.(\w+)", block.text):
-        assert name in {type(c).__name__ for c in callbacks}
+        assert name in {type(c).__name__ for c in (*trainer.callbacks, trainer.strategy)}
 
 
 def instantiated(config: Path) -> LightningCLI:

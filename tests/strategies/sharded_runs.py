@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of a model that is spread over two processes; every rank leaves what it found in ``<folder>/rank<n>.pt``.
 
-``python tests/strategies/sharded_runs.py FOLDER``: Lightning's launcher starts the second rank.
+``python tests/strategies/sharded_runs.py FOLDER``: Lightning's launcher starts the second rank. With ``grid`` after it,
+four processes.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ def trainer(folder: Path, how: Any, *callbacks: L.Callback, steps: int = STEPS, 
     )  # fmt: skip
 
 
-def loader(alike: bool = False) -> StatefulDataLoader:
-    """Shuffled, resumable, four items a process; the same ones on both where they are to be ``alike``."""
+def loader(share: int | None = None) -> StatefulDataLoader:
+    """Shuffled, resumable, four items a process: a share of the data, this process's own unless said otherwise."""
     data = Tokens(96)
-    rank = 0 if alike else int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if share is None else share
     sampler = StatefulDistributedSampler(data, seed=3, num_replicas=WORLD, rank=rank)
     return StatefulDataLoader(data, batch_size=4, sampler=sampler)
 
@@ -120,7 +121,7 @@ def fit(folder: Path, how: Any, config: dict[str, Any], ckpt: Path | None = None
     """Train from the same start; returns the module and its adapters."""
     L.seed_everything(7, verbose=False)
     module = kwargs.pop("module", None) or LM(tiny_llama())
-    data = loader(kwargs.pop("alike", False))
+    data = loader(kwargs.pop("share", None))
     run = trainer(folder, how, LoRA(**{"r": 4, **config}), *kwargs.pop("callbacks", ()), **kwargs)
     run.fit(module, data, ckpt_path=ckpt)
     return module, adapters(module)
@@ -218,12 +219,32 @@ def caught(work: Any) -> str:
     return ""
 
 
+def grid(folder: Path) -> dict[str, Any]:
+    """Four processes: pairs cut by a plan of tensor parallelism, the pairs sharing out by FSDP 2."""
+    found: dict[str, Any] = {}
+    pair = int(os.environ.get("LOCAL_RANK", 0)) // 2
+    for shards in (False, True):
+        how = {"tensor_parallel_size": 2, "save_distributed_checkpoint": shards}
+        path = folder / str(shards)
+        module, uncut = fit(path, strategy(**how), {}, module=Cut(), devices=4, share=pair)
+        cut = path / f"step={CUT}.ckpt"
+        _, resumed = fit(path / "resumed", strategy(**how), {}, cut, module=Cut(), devices=4, share=pair)
+        units = sum(isinstance(m, FSDPModule) for m in module.modules())
+        found[str(shards)] = {"uncut": uncut, "resumed": resumed, "units": units}
+    plain = DDPStrategy(process_group_backend="gloo")
+    _, found["ddp"] = fit(folder / "ddp", plain, {}, devices=4, share=pair)
+    return found
+
+
 def main() -> None:
     """Everything, in order, on every rank."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
     found: dict[str, Any] = {}
+    if sys.argv[2:] == ["grid"]:
+        torch.save(grid(folder), folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
+        return
     for quantize in ("none", "nf4"):
         for shards in (False, True):
             found[f"{quantize}-{'shards' if shards else 'file'}"] = resumes(
@@ -252,14 +273,14 @@ def main() -> None:
     for shards in (False, True):
         how = {**cut, "save_distributed_checkpoint": shards}
         name = folder / f"tensor-{shards}"
-        _, uncut = fit(name, strategy(**how), {}, module=Cut(), alike=True)
+        _, uncut = fit(name, strategy(**how), {}, module=Cut(), share=0)
         path = name / f"step={CUT}.ckpt"
-        _, resumed = fit(name / "resumed", strategy(**how), {}, path, module=Cut(), alike=True)
+        _, resumed = fit(name / "resumed", strategy(**how), {}, path, module=Cut(), share=0)
         found[f"tensor-{shards}"] = {"uncut": uncut, "resumed": resumed}
-    _, found["tensor-ddp"] = fit(folder / "tensor-ddp", DDPStrategy(process_group_backend="gloo"), {}, alike=True)
+    _, found["tensor-ddp"] = fit(folder / "tensor-ddp", DDPStrategy(process_group_backend="gloo"), {}, share=0)
     for config in ({"quantize": "nf4"}, {"lora_dropout": 0.1}):
         module = Cut(**config)
-        text = caught(lambda m=module, c=config: fit(folder / "no", strategy(**cut), c, module=m, alike=True))
+        text = caught(lambda m=module, c=config: fit(folder / "no", strategy(**cut), c, module=m, share=0))
         found.setdefault("tensor-refused", []).append(text)
     for shards in (False, True):
         found[f"memory-{shards}"] = memory(folder / f"memory-{shards}", shards)

@@ -141,6 +141,20 @@ def test_tensor_parallel_plans(found: list[dict[str, Any]], shards: bool) -> Non
     assert distance(runs["uncut"], found[0]["tensor-ddp"]) < 1e-4
 
 
+@pytest.mark.slow
+def test_both_at_once_over_four_processes(tmp_path: Path) -> None:
+    """Pairs cut by a plan, the pairs sharing out by FSDP 2."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "grid"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
+    for form in ("False", "True"):
+        assert all(same(rank[form]["uncut"], ranks[0][form]["uncut"]) for rank in ranks)
+        assert all(same(rank[form]["uncut"], rank[form]["resumed"]) for rank in ranks)
+        assert distance(ranks[0][form]["uncut"], ranks[0]["ddp"]) < 1e-4
+        assert ranks[0][form]["units"] == 14 + 2 + 1
+
+
 def test_what_tensor_parallelism_refuses(found: list[dict[str, Any]]) -> None:
     packed, dropout = found[0]["tensor-refused"]
     assert "a packed base cannot be cut by tensor parallelism" in packed
