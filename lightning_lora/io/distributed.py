@@ -60,8 +60,15 @@ def is_distributed(path: str | os.PathLike[str]) -> bool:
     return Path(path, META).is_file() and Path(path, INDEX).is_file()
 
 
-def write_distributed(checkpoint: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+def write_distributed(
+    checkpoint: Mapping[str, Any], folder: str | os.PathLike[str], target: str | os.PathLike[str] | None = None
+) -> None:
     """Write this process's part into ``folder``, which exists; every process of the group calls it.
+
+    Args:
+        checkpoint: As Lightning makes it; tensors sharded, or the same on all processes.
+        folder: Where to write.
+        target: What the folder will be called, for the texts of errors.
 
     Raises:
         WriteError: The part of some process could not be written; raised on all of them.
@@ -72,7 +79,7 @@ def write_distributed(checkpoint: Mapping[str, Any], folder: str | os.PathLike[s
     except CheckpointException as error:
         told = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
         raise WriteError(
-            f"{os.fspath(folder)} could not be written ({told}). What stood there before is as it was"
+            f"{os.fspath(target or folder)} could not be written ({told}). What stood there before is as it was"
         ) from error
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         rest[KEY] = {**rest.get(KEY, {}), _FILES: dict(_file_digests(Path(folder)))}

@@ -88,7 +88,7 @@ class ShardedStateMixin(AdapterStateMixin):
                     part = stack.enter_context(atomic_folder(path, over_file=True))
             part = self.broadcast(part)
             with together(self.world_size, what):
-                write_distributed(checkpoint, part)
+                write_distributed(checkpoint, part, path)
             with together(self.world_size, what):
                 stack.close()  # the first process's folder takes its name
 

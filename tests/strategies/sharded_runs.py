@@ -8,6 +8,7 @@ four processes.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,6 +38,7 @@ from lightning_lora import (
     apply_lora,
     parallelize_adapted,
 )
+from lightning_lora.io.distributed import read_either
 from lightning_lora.nn.sharded import whole
 from tests.helpers import LM, TinyNet, Tokens, tiny_llama
 
@@ -147,6 +150,27 @@ def own_parameters(unit: FSDPModule) -> list[torch.nn.Parameter]:
     """The parameters that a unit itself holds."""
     group = unit._get_fsdp_state()._fsdp_param_group
     return [] if group is None else [p.sharded_param for p in group.fsdp_params]
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    """The second process has no room for its shards: what each hears, and what is left of the save before."""
+    L.seed_everything(7, verbose=False)
+    module, before = fit(folder, strategy(save_distributed_checkpoint=True), {}, steps=CUT)
+    path = folder / f"step={CUT}.ckpt"
+    with torch.no_grad():
+        for tensor in adapter_state_dict(module).values():
+            tensor += 1
+    if os.environ.get("LOCAL_RANK", "0") == "1":
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited))
+    try:
+        text = caught(lambda: module.trainer.save_checkpoint(path))
+    finally:
+        if os.environ.get("LOCAL_RANK", "0") == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    module.trainer.strategy.barrier()
+    left = sorted(p.name for p in folder.iterdir())
+    return {"text": text, "before": before, "after": read_either(path)["state_dict"], "left": left}
 
 
 class Wide(torch.nn.Module):
@@ -268,6 +292,12 @@ def main() -> None:
         config = {"quantize": quantize, "lora_dropout": 0.1}
         how = DDPStrategy(process_group_backend="gloo")
         _, found[f"{quantize}-ddp"] = fit(folder / f"{quantize}-ddp", how, config)
+    for shards in (False, True):
+        name = folder / f"async-{shards}"
+        how = strategy(save_distributed_checkpoint=shards)
+        _, uncut = fit(name, how, {}, steps=CUT, plugins=[AsyncCheckpointIO()])
+        found[f"async-{shards}"] = {"live": uncut, "written": read_either(name / f"step={CUT}.ckpt")["state_dict"]}
+    found["full"] = full_disk(folder / "full")
     # tensor parallelism: both processes see the same items
     cut = {"data_parallel_size": 1, "tensor_parallel_size": 2}
     for shards in (False, True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -190,6 +191,21 @@ def test_a_save_gathers_no_base(found: list[dict[str, Any]], shards: bool) -> No
     for rank in found:
         seen = rank[f"memory-{shards}"]
         assert seen["peak"] < 2 * 3 * seen["adapters"] + 0.1 * seen["base"] / 2, seen
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_writer_of_the_user_s(found: list[dict[str, Any]], shards: bool) -> None:
+    """`AsyncCheckpointIO` writes files later, and shards not at all: either way the checkpoint is there after fit."""
+    assert same(found[0][f"async-{shards}"]["live"], found[0][f"async-{shards}"]["written"])
+
+
+def test_no_room_on_one_process(found: list[dict[str, Any]]) -> None:
+    """Both hear of it, and the checkpoint before is as it was."""
+    for rank in found:
+        seen = rank["full"]
+        assert re.search(rf"WriteError: \S+/step={CUT}.ckpt could not be written \(rank 1", seen["text"])
+        assert same(seen["after"], seen["before"])
+        assert seen["left"] == [f"step={CUT}.ckpt"]
 
 
 def test_blocks_are_found() -> None:
