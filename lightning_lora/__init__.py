@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
     from lightning_lora.io.loaders import validate_adapter
-    from lightning_lora.io.merge import merge_adapters
+    from lightning_lora.io.merge import merge_adapters, merged_state_dict
     from lightning_lora.io.merge_disk import merge_to_disk
     from lightning_lora.model.apply import (
         ApplyReport,
@@ -71,6 +71,7 @@ _HOME = {
     "load_from_checkpoint": "io.checkpoint",
     "merge_adapters": "io.merge",
     "merge_to_disk": "io.merge_disk",
+    "merged_state_dict": "io.merge",
     "mixed_batch": "model.mixed",
     "parallelize_adapted": "model.tensor_parallel",
     "save_adapter": "io.adapter",
@@ -103,6 +104,7 @@ __all__ = [
     "load_from_checkpoint",
     "merge_adapters",
     "merge_to_disk",
+    "merged_state_dict",
     "mixed_batch",
     "parallelize_adapted",
     "save_adapter",

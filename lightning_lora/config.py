@@ -144,6 +144,7 @@ class AdapterRecord:
         lent: Names of adapters whose parameters `use_adapter` will put back.
         fitting: Whether a Trainer's ``fit`` is running, whose optimizer knows the adapter in use.
         slots: How many adapter modules there are.
+        moves: How many times an adapter module was moved or cast: what has waited since may have to follow.
         verified: Adapter files that were found whole, so that a swap does not check them again.
     """
 
@@ -154,6 +155,7 @@ class AdapterRecord:
     lent: list[str] = field(default_factory=list)
     fitting: bool = False
     slots: int = 0
+    moves: int = 0
     verified: set[tuple[int, ...]] = field(default_factory=set)
 
     def new_slot(self) -> int:
@@ -169,10 +171,12 @@ class Waiting:
     Args:
         config: Its configuration.
         parts: What it has in each module (`lightning_lora.nn.adapter.Held`), by the module's slot.
+        moves: `AdapterRecord.moves` when it began to wait.
     """
 
     config: LoRAConfig
     parts: dict[int, Any]
+    moves: int
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -253,13 +253,15 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
 @torch.no_grad()
 def _copy(places: list[Place], tensors: dict[str, Tensor], strengths: Mapping[AdapterModule, float]) -> None:
     """Values into the adapter in use, once all of them are seen to fit."""
-    for key, raw, module, own in places:
-        check_kind(raw, module.live(own), tensors[key])
-    for key, _, module, own in places:
-        live = module.live(own)
-        live.copy_(piece(tensors[key], live))
+    pairs = [(raw, module.live(own), tensors[key]) for key, raw, module, own in places]
+    for raw, live, tensor in pairs:
+        check_kind(raw, live, tensor)
+    for _, live, tensor in pairs:
+        live.copy_(piece(tensor, live))
     for module in dict.fromkeys(place[2] for place in places):
-        module.strength = strengths.get(module, 1.0)
+        strength = strengths.get(module, 1.0)
+        if module.strength != strength:
+            module.strength = strength
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, MergeError
-from lightning_lora.io.names import adapter_root, clean, parents
+from lightning_lora.io.names import adapter_root, clean, parents, unwrap
 from lightning_lora.model.apply import is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
@@ -148,6 +148,37 @@ def merged_tensors(
         Name and CPU tensor of every parameter and persistent buffer.
     """
     _, root = adapter_root(model)
+    yield from ((clean(name), tensor) for name, tensor in _plain_tensors(root, dtype, report))
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module, dtype: str = "auto") -> dict[str, Any]:
+    """The ``state_dict`` that `model` would have had without adapters, merged; nothing is changed.
+
+    Its names are the user's own, those of the whole module given: the plain LightningModule loads it strictly.
+
+    Args:
+        model: A converted model, or a LightningModule around one.
+        dtype: "auto" (each weight's own; a packed one's is `dense_dtype`), "fp32", "bf16" or "fp16".
+
+    Returns:
+        CPU tensors by name, and the extra state of modules that have one.
+
+    Raises:
+        ConfigError: The model has no adapters.
+        MergeError: Merged weights are not finite.
+    """
+    if not is_adapted(model):
+        raise ConfigError("the model has no adapters to merge; its own `state_dict()` is what you want")
+    model = unwrap(model)
+    report = MergeReport()
+    merged: dict[str, Any] = dict(_plain_tensors(model, dtype, report))
+    check_limit(report)
+    extra = {name: value for name, value in model.state_dict().items() if name.endswith("_extra_state")}
+    return merged | {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+
+
+def _plain_tensors(root: nn.Module, dtype: str, report: MergeReport | None) -> Iterator[tuple[str, Tensor]]:
     wanted = None if dtype == "auto" else torch_dtype(dtype)
     dense = dense_dtype(root)
     replaced = {name: module for names, module in replaceable(root) for name in names}
@@ -157,7 +188,7 @@ def merged_tensors(
             if report is not None and isinstance(module, LoRALinear):
                 _measure(report, clean(names[0]), module, weight)
             weight = weight.cpu().contiguous()
-            yield from ((f"{clean(name)}.weight", weight) for name in names)
+            yield from ((f"{name}.weight" if name else "weight", weight) for name in names)
     done: dict[int, Tensor] = {}
     for name, tensor in root.state_dict(keep_vars=True).items():
         plain = _plain_name(name, replaced)
@@ -169,7 +200,7 @@ def merged_tensors(
             done[id(tensor)] = value.to("cpu", value.dtype if keep else wanted).contiguous()
             if report is not None and plain != name and isinstance(tensor, nn.Parameter):
                 _check_finite(report, clean(plain), done[id(tensor)])
-        yield clean(plain), done[id(tensor)]
+        yield plain, done[id(tensor)]
 
 
 def dense_dtype(model: nn.Module) -> torch.dtype | None:

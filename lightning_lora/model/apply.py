@@ -161,6 +161,23 @@ def adapter_slots(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     return iter(found)
 
 
+def adapter_slots_unnamed(model: nn.Module) -> list[AdapterModule]:
+    """The modules of `adapter_slots` without their names, which take longer to make than all the rest of a swap."""
+    found: list[AdapterModule] = []
+    seen: set[nn.Module] = {model}
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, AdapterModule):
+            found.append(module)
+            continue
+        for child in module._modules.values():
+            if child is not None and child._modules and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return found
+
+
 def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: list[tuple[str, AdapterModule]]) -> None:
     """As ``named_modules``, but what lies inside an adapter module is left out: a large model is walked in a moment."""
     seen.add(module)
@@ -174,7 +191,7 @@ def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: li
 
 def adapter_record(model: nn.Module) -> AdapterRecord | None:
     """What `apply_lora` recorded, or None for a model without adapters."""
-    return next((module.record for _, module in adapter_slots(model)), None)
+    return next((module.record for module in adapter_slots_unnamed(model)), None)
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, LoRAConfig, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_slots, put_layers
+from lightning_lora.model.apply import adapter_modules, adapter_slots, adapter_slots_unnamed, put_layers
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -68,7 +69,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     if name == record.name:
         return
     refuse_in_fit(record)
-    say_dropped_gradients(record, slots)
+    drop_gradients(record, slots)
     _exchange(record, slots, name, in_place=not record.lent)  # what is lent comes back with its values
 
 
@@ -146,12 +147,11 @@ def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping
     check_name(record, name)
     fitted = {module.slot: module.fitted(parts[module.slot]) for module in slots if module.slot in parts}
     if name != record.name:
-        record.waiting[name] = Waiting(config, fitted)
+        record.waiting[name] = Waiting(config, fitted, record.moves)
         return
     refuse_in_fit(record)
-    say_dropped_gradients(record, slots)
-    for module in slots:
-        module.hold(fitted.get(module.slot), in_place=not record.lent)
+    drop_gradients(record, slots)
+    _put_in_use(((module, fitted.get(module.slot)) for module in slots), in_place=not record.lent)
     record.config = config
 
 
@@ -202,7 +202,7 @@ def record_of(model: nn.Module) -> AdapterRecord:
     Raises:
         ConfigError: There are none, or they come from conversions of several parts.
     """
-    return _record_of([module for _, module in adapter_slots(model)])
+    return _record_of(adapter_slots_unnamed(model))
 
 
 def slots_of(model: nn.Module) -> tuple[AdapterRecord, list[AdapterModule]]:
@@ -212,7 +212,7 @@ def slots_of(model: nn.Module) -> tuple[AdapterRecord, list[AdapterModule]]:
         ConfigError: There are none, or they come from conversions of several parts, or ``model`` is a part of what
             was converted.
     """
-    slots = [module for _, module in adapter_slots(model)]
+    slots = adapter_slots_unnamed(model)
     record = _record_of(slots)
     if len(slots) < record.slots:
         raise ConfigError(
@@ -225,7 +225,7 @@ def _record_of(slots: list[AdapterModule]) -> AdapterRecord:
     if not slots:
         raise ConfigError("the model has no adapters; call `apply_lora` or `load_adapter` first")
     record = slots[0].record
-    if any(module.record is not record for module in slots):
+    if len({id(module.record) for module in slots}) > 1:
         raise ConfigError("parts of the model were converted one by one: name adapters on each part")
     return record
 
@@ -268,36 +268,52 @@ def refuse_in_fit(record: AdapterRecord) -> None:
         )
 
 
-def say_dropped_gradients(record: AdapterRecord, slots: Collection[AdapterModule]) -> None:
-    """A notice where the adapter in use has gradients: an optimizer may know its parameters."""
-    if any(module.has_gradients() for module in slots):
-        warnings.warn(
-            f"adapter {record.name!r} goes out of use and its gradients are dropped; an optimizer that trained it "
-            "holds its moments for these parameters: build a new one to train another adapter",
-            Notice,
-            stacklevel=4,
-        )
+def drop_gradients(record: AdapterRecord, slots: Collection[AdapterModule]) -> None:
+    """Forget the gradients of the adapter in use, with a notice: an optimizer may know its parameters."""
+    if record.lent or not any(module.has_gradients() for module in slots):
+        return
+    for module in slots:
+        module.drop_gradients()
+    warnings.warn(
+        f"adapter {record.name!r} goes out of use and its gradients are dropped; an optimizer that trained it "
+        "holds its moments for these parameters: build a new one to train another adapter",
+        Notice,
+        stacklevel=4,
+    )
 
 
 def _exchange(record: AdapterRecord, slots: list[AdapterModule], name: str, in_place: bool) -> None:
     incoming = record.waiting[name]
-    waiting = incoming.parts
-    # All that can fail comes first; where the model has moved, tensors follow.
-    parts = {m.slot: m.fitted(waiting[m.slot]) for m in slots if m.slot in waiting}
-    outgoing = {}
-    for module in slots:
-        part = parts.get(module.slot)
+    # All that can fail comes first: where the model has moved, tensors follow.
+    outgoing = _put_in_use([(m, _fitted(m, incoming, record)) for m in slots], in_place)
+    del record.waiting[name]
+    record.waiting[record.name] = Waiting(record.config, outgoing, record.moves)
+    record.name, record.config = name, incoming.config
+
+
+def _put_in_use(parts: Iterable[tuple[AdapterModule, Held | None]], in_place: bool) -> dict[int, Held]:
+    """Give every module its part; what they had, by slot."""
+    outgoing: dict[int, Held] = {}
+    changed: list[Tensor] = []
+    for module, part in parts:
         if in_place:
-            former = module.exchange(part)
+            former = module.exchange(part, changed)
         else:
             former = module.held()
             former = None if former is None else former.detached()
             module.hold(part, in_place=False)
         if former is not None:
             outgoing[module.slot] = former
-    del record.waiting[name]
-    record.waiting[record.name] = Waiting(record.config, outgoing)
-    record.name, record.config = name, incoming.config
+    torch.autograd.graph.increment_version(changed)  # a graph that saved the former values must not use these
+    return outgoing
+
+
+def _fitted(module: AdapterModule, waiting: Waiting, record: AdapterRecord) -> Held | None:
+    """What an adapter has in a module, where and as the module's own tensors are."""
+    part: Held | None = waiting.parts.get(module.slot)
+    if part is None or (waiting.moves == record.moves and module.is_plain()):
+        return part
+    return module.fitted(part)
 
 
 def parts_of(model: nn.Module, name: str) -> tuple[LoRAConfig, dict[int, Held]]:
@@ -312,4 +328,4 @@ def parts_of(model: nn.Module, name: str) -> tuple[LoRAConfig, dict[int, Held]]:
         live = {module.slot: held.detached() for module in slots if (held := module.held()) is not None}
         return record.config, live
     waiting = record.waiting[name]
-    return waiting.config, {m.slot: m.fitted(waiting.parts[m.slot]) for m in slots if m.slot in waiting.parts}
+    return waiting.config, {m.slot: part for m in slots if (part := _fitted(m, waiting, record)) is not None}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.nn.sharded import is_sharded
 
 
 class Held(NamedTuple):
@@ -74,8 +75,8 @@ class AdapterModule(nn.Module):
 
         Args:
             held: Tensors that fit the device and dtype of those here; they are taken as they are, not copied.
-            in_place: Whether the parameters stay the objects that an optimizer knows, with other values and no
-                gradient. Else they are replaced, by those of ``held`` where it has parameters.
+            in_place: Whether the parameters stay the objects that an optimizer knows, with other values. Else they
+                are replaced, by those of ``held`` where it has parameters.
         """
         if not self.vacant:
             learning = [self.live(name).requires_grad for name in self.own_names()]
@@ -100,11 +101,12 @@ class AdapterModule(nn.Module):
         for name, tensor in objects.items() if held is None else ():
             self._put(name, tensor, in_place=False, learns=False)
 
-    def exchange(self, held: Held | None) -> Held | None:
-        """`hold` in place, and what was here."""
+    def exchange(self, held: Held | None, changed: list[Tensor]) -> Held | None:
+        """`hold` in place, and what was here; parameters whose values are others now are added to ``changed``."""
         former = self.held()
         former = None if former is None else former.detached()
         self.hold(held)
+        changed.extend(tensor for tensor in self.objects().values() if isinstance(tensor, nn.Parameter))
         return former
 
     def fitted(self, held: Held) -> Held:
@@ -116,13 +118,22 @@ class AdapterModule(nn.Module):
         tensors = {}
         for name, tensor in held.tensors.items():
             own = self.live(name)
-            if own.is_meta or type(own).__name__ == "DTensor":
+            if own.is_meta or is_sharded(own):
                 raise UnsupportedError(
                     "the adapters are sharded or on the meta device: adapters are loaded and swapped before "
                     "`fully_shard`, once they have values"
                 )
             tensors[name] = tensor.detach().to(own.device, own.dtype)
         return held._replace(tensors=tensors)
+
+    def is_plain(self) -> bool:
+        """Whether the tensors here are of this process alone."""
+        return not any(is_sharded(tensor) for tensor in self.objects().values())
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of the adapter in use."""
+        for name in self.trained_names():
+            self.live(name).grad = None
 
     def has_gradients(self) -> bool:
         """Whether a backward has come by since the last optimizer step."""
@@ -132,6 +143,10 @@ class AdapterModule(nn.Module):
         """The parameter or buffer of this name inside the module."""
         parent, _, own = name.rpartition(".")
         return getattr(self.get_submodule(parent), own)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.record.moves += 1
+        return super()._apply(fn, recurse)
 
     def _nothing(self) -> dict[str, Tensor]:
         """The tensors of a vacant module, without memory of their own."""
@@ -143,9 +158,7 @@ class AdapterModule(nn.Module):
         if not isinstance(old, nn.Parameter):
             setattr(module, own, tensor)
         elif in_place:
-            old.grad = None
             old.data = tensor.detach()
-            torch.autograd.graph.increment_version(old)  # a graph that saved the former values must not use these
             old.requires_grad_(learns and old.is_floating_point())
         elif isinstance(tensor, nn.Parameter):
             if (tensor.device, tensor.dtype) != (old.device, old.dtype):

@@ -170,23 +170,23 @@ class LoRALinear(AdapterModule):
         self.lora_dropout = words.lora_dropout
         super().hold(held, in_place)
 
-    def exchange(self, held: Held | None) -> Held | None:
+    def exchange(self, held: Held | None, changed: list[Tensor]) -> Held | None:
         """See `AdapterModule.exchange`."""
         if held is None or self.vacant:
-            return super().exchange(held)
-        former = self.held()
+            return super().exchange(held, changed)
         A, B = self._factors()
-        tensors = {"adapter.lora_A": A.data, "adapter.lora_B": B.data}
+        changed += (A, B)
+        words = (self._strength, self.r, self.lora_alpha, self.use_rslora, self.lora_dropout)
+        former = Held({"adapter.lora_A": A.data, "adapter.lora_B": B.data}, *words)
         self._take(held, in_place=True)
-        return former._replace(tensors=tensors)  # type: ignore[union-attr]
+        return former
 
     def _take(self, held: Held, in_place: bool) -> None:
         """`hold` from one adapter to another: a swap of a large model comes through here hundreds of times."""
         tensors, strength, r, lora_alpha, use_rslora, lora_dropout = held
         if in_place:
             A, B = self._factors()
-            A.data, B.data, A.grad, B.grad = tensors["adapter.lora_A"], tensors["adapter.lora_B"], None, None
-            torch.autograd.graph.increment_version((A, B))
+            A.data, B.data = tensors["adapter.lora_A"], tensors["adapter.lora_B"]
         else:
             parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
             for name, tensor in tensors.items():
@@ -195,23 +195,19 @@ class LoRALinear(AdapterModule):
                     parameters[own] = tensor
                 else:
                     self._put(name, tensor, in_place, learns=parameters[own].requires_grad)
-        # Not by attributes: `nn.Module` looks at each that is set.
-        vars(self).update(
-            r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, _strength=strength
-        )
-        self._rescale()
+        words = (self._strength, self.r, self.lora_alpha, self.use_rslora)
+        self.__dict__["lora_dropout"] = lora_dropout  # not by attributes: `nn.Module` looks at each that is set
+        if words != (strength, r, lora_alpha, use_rslora):
+            vars(self).update(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, _strength=strength)
+            self._rescale()
 
     def live(self, name: str) -> Tensor:
         """See `AdapterModule.live`."""
         return self._factors()[name == "adapter.lora_B"]
 
-    def fitted(self, held: Held) -> Held:
-        """See `AdapterModule.fitted`."""
-        A, B = self._factors()
-        own = type(A) is nn.Parameter and not A.is_meta
-        if own and all(t.device == A.device and t.dtype == A.dtype for t in held.tensors.values()):
-            return held
-        return super().fitted(held)
+    def is_plain(self) -> bool:
+        """See `AdapterModule.is_plain`."""
+        return type(self._factors()[0]) is nn.Parameter
 
     def has_gradients(self) -> bool:
         """See `AdapterModule.has_gradients`."""
