@@ -126,7 +126,8 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
     else:
         check_metadata(model, entry)
         state = _cleaned(state)
-    check_finite({name: tensor for name, tensor in state.items() if name in own}, os.fspath(file))
+    fitting = {n: t for n, t in state.items() if n in own and isinstance(t, torch.Tensor) and t.shape == own[n].shape}
+    check_finite(fitting, os.fspath(file))  # what does not fit may be of any size, and is refused below
     load_adapter_state(model, state, strict=strict and entry is not None)
     if entry is not None:
         for name, module in adapter_modules(model):
