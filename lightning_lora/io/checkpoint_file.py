@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     """
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"there is no checkpoint file at {file}")
+        raise FileNotFoundError(f"there is no checkpoint file at {file}: name one that is there")
     if file.is_dir():
         raise CheckpointError(f"{file} is a folder, a checkpoint file is needed: name the .ckpt file")
     try:
@@ -79,7 +79,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     except Exception as error:  # torch and zipfile raise a dozen kinds for a broken file
         raise CheckpointError(f"{file} is no whole checkpoint file ({_first_line(error)}). {_EARLIER}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{file} holds no `state_dict`: it is no checkpoint of Lightning's")
+        raise CheckpointError(f"{file} holds no `state_dict`: it is no checkpoint of Lightning's. Take another file")
     verify(checkpoint, file)
     return tree_map(_copied_if_small, checkpoint)
 

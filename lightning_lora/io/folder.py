@@ -61,14 +61,14 @@ class AdapterFolder:
         path = Path(dir).expanduser()
         recover(path)
         if not path.is_dir():
-            raise CheckpointError(f"there is no adapter folder at {path}")
+            raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
         config = _read_json(path / CONFIG)
         refuse_unbuilt(config, str(path / CONFIG))
         check_types(config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()
-            hint = "; its .bin is a pickle, which is not opened: save it again as safetensors" if pickled else ""
-            raise CheckpointError(f"{path} has no {WEIGHTS}{hint}")
+            hint = "its .bin is a pickle, which is not opened: save it" if pickled else "save the adapter"
+            raise CheckpointError(f"{path} has no {WEIGHTS}; {hint} again as safetensors")
         record = _read_json(path / RECORD) if (path / RECORD).exists() else {}
         version = record.get("format", FORMAT)
         if not isinstance(version, int) or version < 1:
@@ -78,7 +78,7 @@ class AdapterFolder:
         if version > FORMAT:
             raise CheckpointError(f"{path / RECORD} is of format {version}, this package knows {FORMAT}: update it")
         folder = cls(path, config, record)
-        folder._check_ranks()
+        folder._check_header()
         return folder
 
     def checked_tensors(self, verified: set[tuple[int, ...]] | None = None) -> dict[str, Tensor]:
@@ -151,15 +151,25 @@ class AdapterFolder:
         name = self.config.get("base_model_name_or_path")
         compare_fingerprints(expected, actual, f"the adapters in {self.path}" + (f" (base {name!r})" if name else ""))
 
-    def _check_ranks(self) -> None:
+    def _check_header(self) -> None:
         """See that the configuration speaks of the tensors there are, before a model is made by it."""
-        for key, shape in self.shapes().items():
-            name, found, factor = key.removeprefix(PREFIX).rpartition(".lora_A.weight")
-            if found and not factor and len(shape) == 2 and self.spec.rank(name) != shape[0]:
-                raise CheckpointError(
-                    f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in {WEIGHTS}: "
-                    "one of the two was changed. Save the adapter again"
-                )
+        with self._open() as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(key)
+                name, factor, rest = key.removeprefix(PREFIX).partition(".lora_")
+                if not factor:
+                    continue
+                if part.get_dtype()[0] not in "FB" or part.get_dtype() == "BOOL":  # F32, F8_E4M3, BF16 ...
+                    raise CheckpointError(
+                        f"{self.path / WEIGHTS}: {key!r} is of {part.get_dtype()}, adapters are floats. Save the "
+                        "adapter again"
+                    )
+                shape = part.get_shape()
+                if rest == "A.weight" and len(shape) == 2 and self.spec.rank(name) != shape[0]:
+                    raise CheckpointError(
+                        f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
+                        f"{WEIGHTS}: one of the two was changed. Save the adapter again"
+                    )
 
     def _open(self) -> Any:
         file = self.path / WEIGHTS
@@ -247,7 +257,8 @@ def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str,
                     "with the same `r` and `rank_pattern`"
                 )
             raise AdapterMismatchError(
-                f"{path}: {key!r} has shape {actual[key]}, the model needs {shape}: another rank or base"
+                f"{path}: {key!r} has shape {actual[key]}, the model needs {shape}: another rank or base. "
+                "Convert the model as the folder says"
             )
 
 

@@ -163,7 +163,9 @@ def check_target(dir: str | os.PathLike[str], argument: str = "dirpath") -> None
         raise MergeError(f"`{argument}` {str(path)!r} is a file: choose another path")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
-        raise MergeError(f"`{argument}` {str(path)!r} cannot be made: {str(parent)!r} is not writable")
+        raise MergeError(
+            f"`{argument}` {str(path)!r} cannot be made: {str(parent)!r} is not writable: choose another folder"
+        )
 
 
 def _write_transformers(root: nn.Module, part: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

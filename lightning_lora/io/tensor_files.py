@@ -86,7 +86,9 @@ class TensorFolder:
         try:
             file = self._stack.enter_context(safe_open(self.path / name, framework="pt"))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path / name} is no whole safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{self.path / name} is no whole safetensors file: {error}. Save or fetch the model again"
+            ) from error
         self._files[name] = file
         for key in file.keys():  # noqa: SIM118 (no mapping)
             part = file.get_slice(key)
@@ -99,7 +101,7 @@ class TensorFolder:
 def _files_by_key(path: Path) -> dict[str, str] | list[str]:
     """The index's table, or the one file there is. Names with a path in them are not followed."""
     if not path.is_dir():
-        raise CheckpointError(f"there is no model folder at {path}")
+        raise CheckpointError(f"there is no model folder at {path}: name the one that `save_pretrained` wrote")
     if (path / INDEX).is_file():
         try:
             table = json.loads((path / INDEX).read_text())["weight_map"]
@@ -107,7 +109,9 @@ def _files_by_key(path: Path) -> dict[str, str] | list[str]:
             raise CheckpointError(f"{path / INDEX} is no index of safetensors: {error!r}") from error
         odd = [file for file in table.values() if not isinstance(file, str) or Path(file).name != file]
         if odd:
-            raise CheckpointError(f"{path / INDEX} names {odd[0]!r}, which is no file of this folder")
+            raise CheckpointError(
+                f"{path / INDEX} names {odd[0]!r}, which is no file of this folder: save the model again"
+            )
         return table
     single = [SINGLE] if (path / SINGLE).is_file() else sorted(p.name for p in path.glob("*.safetensors"))
     if len(single) != 1:

@@ -109,14 +109,15 @@ class AdapterStateMixin(Strategy):
             clean: checkpoint["state_dict"][name] for name, clean in names.items() if clean in own
         }
         self._leave_modules_out(checkpoint)
-        if "optimizer_states" in checkpoint:  # not in weights-only checkpoints
-            entry["rng"] = self._gather_random_states()
-            if self._ended_at is not None:  # the loader has forgotten its place by now
-                checkpoint["loops"]["fit_loop"] = self._ended_at
-            if self.world_size > 1:
-                entry["loaders"] = self._gather(checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader"))
-        checkpoint[KEY] = entry
         with together(self.world_size, f"save {os.fspath(filepath)}"):
+            if "optimizer_states" in checkpoint:  # not in weights-only checkpoints
+                entry["rng"] = self._gather_random_states()
+                if self._ended_at is not None:  # the loader has forgotten its place by now
+                    checkpoint["loops"]["fit_loop"] = self._ended_at
+                if self.world_size > 1:
+                    loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+                    entry["loaders"] = self._gather(loader)
+            checkpoint[KEY] = entry
             self._write(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from lightning_lora.errors import WriteError
 def together(world_size: int, what: str) -> Iterator[None]:
     """Run a block that every rank enters and leaves; at its end all hear of an error on any.
 
-    A rank that is killed inside the block closes its connections, by which the others' wait here ends with an error
-    of the backend's.
+    A rank that is killed inside the block closes its connections, by which the others' wait ends.
 
     Args:
         world_size: Number of ranks.
         what: What the block does, for the text of the error: "save run.ckpt".
 
     Raises:
-        WriteError: Another rank failed. A rank that failed itself raises its own error.
+        WriteError: Another rank failed or is gone. A rank that failed itself raises its own error.
     """
     error: Exception | None = None
     try:
@@ -32,9 +31,14 @@ def together(world_size: int, what: str) -> Iterator[None]:
         error = caught
     if world_size > 1 and torch.distributed.is_initialized():
         told: list[str | None] = [None] * world_size
-        torch.distributed.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        try:
+            torch.distributed.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        except RuntimeError as broken:
+            raise WriteError(
+                f"another rank ended while this one was to {what}: start all of them again from the newest checkpoint"
+            ) from (error or broken)
         failed = [rank for rank, text in enumerate(told) if text is not None]
         if error is None and failed:
-            raise WriteError(f"rank {failed[0]} failed to {what}: {told[failed[0]]}")
+            raise WriteError(f"rank {failed[0]} failed to {what}, and so all stop: {told[failed[0]]}")
     if error is not None:
         raise error

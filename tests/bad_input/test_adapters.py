@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 A, B = (f"{PREFIX}second.lora_{x}.weight" for x in "AB")
 EARLIER = "Take an earlier adapter"
+WHICH = "Is it the base it was trained on?"
 
 
 def base(seed: int = 0) -> nn.Module:
@@ -102,8 +103,10 @@ def gone(folder: Path) -> None:
 
 
 ROWS = [
-    Row("adapter-missing", "CheckpointError", "there is no adapter folder at", gone),
-    Row("adapter-is-a-file", "CheckpointError", "there is no adapter folder at", file_instead),
+    Row("adapter-missing", "CheckpointError",
+        "there is no adapter folder at ... name the folder that holds adapter_config.json", gone),
+    Row("adapter-is-a-file", "CheckpointError",
+        "there is no adapter folder at ... name the folder that holds adapter_config.json", file_instead),
     Row("adapter-empty", "CheckpointError", f"is no whole safetensors file ... {EARLIER}", raw(lambda d: b"")),
     Row("adapter-truncated", "CheckpointError", f"is no whole safetensors file ... {EARLIER}",
         raw(lambda d: d[: len(d) // 2])),
@@ -120,18 +123,20 @@ ROWS = [
     Row("adapter-rank-unlike-its-config", "CheckpointError",
         "has rank 1000000000 in adapter_config.json and 4 in adapter_model.safetensors ... Save the adapter again",
         fields(CONFIG, r=10**9)),
-    Row("adapter-wrong-shape", "AdapterMismatchError", "has shape (4, 5), the model needs (4, 128)",
+    Row("adapter-wrong-shape", "AdapterMismatchError",
+        "has shape (4, 5), the model needs (4, 128) ... Convert the model as the folder says",
         tensors(lambda t: t.update({A: torch.ones(4, 5)}))),
-    Row("adapter-wrong-dtype", "AdapterMismatchError", "is of torch.int64 in the file ... Save the adapter again",
+    Row("adapter-wrong-dtype", "CheckpointError", "is of I64, adapters are floats. Save the adapter again",
         tensors(lambda t: t.update({A: t[A].long()}))),
-    Row("adapter-wrong-key", "AdapterMismatchError", f"1 of 4 tensors are missing, first '{B}' (nearest there: ",
+    Row("adapter-wrong-key", "AdapterMismatchError",
+        f"1 of 4 tensors are missing, first '{B}' (nearest there: ... {WHICH}",
         tensors(lambda t: t.update({B.replace("second", "secund"): t.pop(B)}))),
-    Row("adapter-lacks-one", "AdapterMismatchError", f"1 of 4 tensors are missing, first '{B}'",
+    Row("adapter-lacks-one", "AdapterMismatchError", f"1 of 4 tensors are missing, first '{B}' ... {WHICH}",
         tensors(lambda t: t.pop(B))),
-    Row("adapter-one-too-many", "AdapterMismatchError", "1 are unknown to the model, first ",
+    Row("adapter-one-too-many", "AdapterMismatchError", f"1 are unknown to the model, first ... {WHICH}",
         tensors(lambda t: t.update({f"{PREFIX}third.lora_B.weight": torch.ones(4, 4)}))),
     Row("adapter-name-outside", "AdapterMismatchError",
-        "1 are unknown to the model, first 'base_model.model.../../outside'",
+        f"1 are unknown to the model, first 'base_model.model.../../outside' ... {WHICH}",
         tensors(lambda t: t.update({f"{PREFIX}../../outside": torch.ones(4)}))),
     Row("adapter-other-base", "BaseMismatchError", "were trained on another base ... Load the same pretrained weights"),
     Row("adapter-newer", "CheckpointError", f"is of format {FORMAT + 1}, this package knows {FORMAT}: update it",
@@ -139,8 +144,10 @@ ROWS = [
     Row("adapter-no-format", "CheckpointError", "is none that was written ... save the folder again",
         fields(RECORD, format="x")),
     Row("adapter-older", "-", "loads; there are no digests to compare", fields(RECORD, format=None, digests=None)),
-    Row("adapter-pickled", "CheckpointError", "its .bin is a pickle, which is not opened: save it again", pickled),
-    Row("adapter-weights-are-a-folder", "CheckpointError", "has no adapter_model.safetensors", folder_of_tensors),
+    Row("adapter-pickled", "CheckpointError",
+        "its .bin is a pickle, which is not opened: save it again as safetensors", pickled),
+    Row("adapter-weights-are-a-folder", "CheckpointError",
+        "has no adapter_model.safetensors; save the adapter again", folder_of_tensors),
     Row("adapter-unreadable", "CheckpointError", "could not be read ... Give this user read permission",
         lambda p: (p / CONFIG).chmod(0)),
 ]  # fmt: skip
@@ -189,12 +196,13 @@ def test_row(row: Row, tmp_path: Path) -> None:
 
 
 MODELS = [
-    Row("model-index-outside", "CheckpointError", "names '../outside.safetensors', which is no file of this folder",
+    Row("model-index-outside", "CheckpointError",
+        "names '../outside.safetensors', which is no file of this folder: save the model again",
         lambda p: (p / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"first.weight": "../outside.safetensors"}}))),
-    Row("model-truncated", "CheckpointError", "is no whole safetensors file",
+    Row("model-truncated", "CheckpointError", "is no whole safetensors file ... Save or fetch the model again",
         lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1])),
-    Row("model-missing", "CheckpointError", "there is no model folder at",
+    Row("model-missing", "CheckpointError", "there is no model folder at ... name the one that `save_pretrained` wrote",
         lambda p: ((p / "model.safetensors").unlink(), p.rmdir())),
     Row("model-other", "MergeError", "in the adapter and (9, 9) in the base",
         lambda p: save_file({f"{n}.weight": torch.ones(9, 9) for n in ("first", "second")}, p / "model.safetensors")),

@@ -102,7 +102,8 @@ def folder_instead(path: Path) -> None:
 
 
 ROWS = [
-    Row("checkpoint-missing", "FileNotFoundError", "there is no checkpoint file at", lambda p: p.unlink()),
+    Row("checkpoint-missing", "FileNotFoundError",
+        "there is no checkpoint file at ... name one that is there", lambda p: p.unlink()),
     Row("checkpoint-empty", "CheckpointError", f"is empty ... {EARLIER}", lambda p: p.write_bytes(b"")),
     Row("checkpoint-truncated", "CheckpointError", f"is no whole checkpoint file ... {EARLIER}",
         lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])),
@@ -147,7 +148,8 @@ ROWS = [
     Row("checkpoint-older", "-", "loads; there are no digests to compare", lambda p: as_version_1(p)),
     Row("checkpoint-without-adapters", "CheckpointError", "holds no adapters ... Load its weights into the module",
         edited(lambda c: (c.pop(KEY), c.update(state_dict=module().state_dict())))),
-    Row("checkpoint-no-state", "CheckpointError", "holds no `state_dict`: it is no checkpoint of Lightning's",
+    Row("checkpoint-no-state", "CheckpointError",
+        "holds no `state_dict`: it is no checkpoint of Lightning's. Take another file",
         lambda p: torch.save([1, 2], p)),
     Row("checkpoint-payload", "CheckpointError",
         "an object of 'posix.system', which only a pickle can make ... `torch.serialization.add_safe_globals`",
