@@ -105,8 +105,8 @@ def gone(folder: Path) -> None:
 ROWS = [
     Row("adapter-missing", "CheckpointError",
         "there is no adapter folder at ... name the folder that holds adapter_config.json", gone),
-    Row("adapter-is-a-file", "CheckpointError",
-        "there is no adapter folder at ... name the folder that holds adapter_config.json", file_instead),
+    Row("adapter-is-a-file", "CheckpointError", "is no whole checkpoint file ... Take an earlier checkpoint",
+        file_instead),
     Row("adapter-empty", "CheckpointError", f"is no whole safetensors file ... {EARLIER}", raw(lambda d: b"")),
     Row("adapter-truncated", "CheckpointError", f"is no whole safetensors file ... {EARLIER}",
         raw(lambda d: d[: len(d) // 2])),
