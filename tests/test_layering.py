@@ -62,7 +62,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "reporting": ("forgetting",),
     "strategies": (
-        *("checkpoint_io", "together", "state", "sharded"),
+        *("checkpoint_io", "together", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "registry"),
     ),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),

@@ -13,6 +13,8 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
     strength      what `set_adapter_scale` set, by name; modules at 1 are left out
     rng           one state of the random number generators a process (not in weights-only checkpoints)
     loaders       of several processes: each one's places in its train loaders (the same)
+    plateaus      metrics that `ReduceLROnPlateau` schedulers wait for, where some do (the same)
+    gradients     each process's, where more are to be accumulated before the next step (the same)
     digests       of every tensor in the file, added and compared by `io.checkpoint_file`; since version 2
 """
 

@@ -30,6 +30,8 @@ from lightning_lora.strategies.together import together
 class ShardedStateMixin(AdapterStateMixin):
     """Put before a sharding strategy's class, after nothing else of this package."""
 
+    whole_gradients = False
+
     @property
     def writes_shards(self) -> bool:
         """Whether checkpoints are folders of shards instead of one file."""

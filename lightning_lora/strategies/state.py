@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lightning_lora.model.inner import clean_name
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
 from lightning_lora.strategies.together import together
+from lightning_lora.strategies.unfinished import Unfinished, gradients, is_accumulating, put_back
 
 
 class AdapterStateMixin(Strategy):
@@ -49,7 +50,11 @@ class AdapterStateMixin(Strategy):
     is_global_zero: bool
     global_rank: int
 
-    _resumed: tuple[Place, dict[str, Any]] | None = None
+    #: Whether a process holds the whole gradient of what it trains, and not a share of it.
+    whole_gradients = True
+
+    _resumed: tuple[Place, dict[str, Any]] | None = None  # where, and our entry in the checkpoint
+    _unfinished = Unfinished()
     _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
     _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
     _said_modules = False
@@ -117,6 +122,9 @@ class AdapterStateMixin(Strategy):
                 if self.world_size > 1:
                     loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
                     entry["loaders"] = self._gather(loader)
+                entry |= self._unfinished.state(self._trainer, checkpoint["loops"]["fit_loop"])
+                if self.whole_gradients and self._accumulating(checkpoint):
+                    entry["gradients"] = self._gather(gradients(module))
             checkpoint[KEY] = entry
             self._write(checkpoint, filepath, storage_options)
 
@@ -148,15 +156,15 @@ class AdapterStateMixin(Strategy):
                 "adapters are the same; the random numbers are not, and the epoch's data begins anew"
             )
         self._run_state = self._ended_at = None
-        if self.global_rank < len(states):
-            state = states[self.global_rank]
-            self._resumed = (settle(checkpoint["loops"]["fit_loop"]), state)
-            RNGState.from_dict(state).restore()
+        entry = {**entry, "gradients": entry.get("gradients", []), "accumulating": self._accumulating(checkpoint)}
+        self._resumed = (settle(checkpoint["loops"]["fit_loop"]), entry)
+        self._restore_random_state(entry)
 
     def setup(self, trainer: Trainer) -> None:
         """Forget the run before."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._run_state = self._ended_at = None
+            self._unfinished = Unfinished()
         super().setup(trainer)
 
     def process_dataloader(self, dataloader: object) -> object:
@@ -169,24 +177,32 @@ class AdapterStateMixin(Strategy):
         super().on_train_start()
         if self._resumed is None:
             return
-        (place, state), self._resumed = self._resumed, None
+        (place, entry), self._resumed = self._resumed, None
         if place == "start":
             return
         for loader in torch.utils._pytree.tree_leaves(self._trainer.train_dataloader):
             for text in lost_places(loader, place):
                 self._notice(text)
+        for text in [*self._unfinished.finish(self._trainer, entry), *self._put_gradients_back(entry)]:
+            self._notice(text)
         if place == "inside":
             _pass_validation_by(self._trainer.fit_loop)
         else:
             _begin_epoch(self._trainer.fit_loop)
-        RNGState.from_dict(state).restore()
+        self._restore_random_state(entry)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; validation may follow it."""
         output = super().training_step(*args, **kwargs)
+        self._unfinished.note_batch(self._trainer)
         if self._trainer.enable_validation:
             self._run_state = RNGState.capture().to_dict()
         return output
+
+    def on_validation_start(self) -> None:
+        """Metrics are about to change."""
+        super().on_validation_start()
+        self._unfinished.note_validation(self._trainer)
 
     def on_validation_end(self) -> None:
         """Training goes on with the random numbers that it had before."""
@@ -199,6 +215,25 @@ class AdapterStateMixin(Strategy):
         super().on_train_end()
         self._run_state = RNGState.capture().to_dict()
         self._ended_at = self._trainer.fit_loop.state_dict()
+
+    def _restore_random_state(self, entry: Mapping[str, Any]) -> None:
+        if self.global_rank < len(entry["rng"]):  # a process that was not there has none
+            RNGState.from_dict(entry["rng"][self.global_rank]).restore()
+
+    def _accumulating(self, checkpoint: Mapping[str, Any]) -> bool:
+        return is_accumulating(checkpoint["loops"]["fit_loop"], self._trainer.accumulate_grad_batches)
+
+    def _put_gradients_back(self, entry: Mapping[str, Any]) -> Iterator[str]:
+        if not entry["accumulating"]:
+            return
+        if len(entry["gradients"]) == self.world_size:
+            put_back(self._converted_module(), entry["gradients"][self.global_rank])
+        else:
+            yield (
+                "the checkpoint was written between two batches whose gradients are accumulated, and those of the "
+                "first are not in it (sharded models' are not kept): they are missing from the next step. Save after "
+                "an optimizer step, as `ModelCheckpoint(every_n_train_steps=...)` does"
+            )
 
     def _write(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None) -> None:
         """Bring a checkpoint to the disk; called on every rank."""

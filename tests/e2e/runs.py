@@ -52,7 +52,7 @@ class Noisy(Dataset):
 class Module(LM):
     """A plain net with dropout; with a scheduler when asked to; may draw in hooks and in validation."""
 
-    def __init__(self, seed: int = 0, schedule: bool = False, drawing: bool = False) -> None:
+    def __init__(self, seed: int = 0, schedule: bool | str = False, drawing: bool = False) -> None:
         torch.manual_seed(0)
         super().__init__(TinyNet(dropout=0.1), lr=5e-3)
         self.seed, self.schedule, self.drawing = seed, schedule, drawing
@@ -62,6 +62,10 @@ class Module(LM):
     def on_fit_start(self) -> None:
         """Seeds each rank its own way: Lightning seeds all alike when they start."""
         seed_all(self.seed + self.global_rank)
+
+    def on_train_start(self) -> None:
+        """Notes the adapters that the run begins with."""
+        self.began = {name: tensor.clone() for name, tensor in adapter_state_dict(self).items()}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Notes what it saw."""
@@ -85,6 +89,11 @@ class Module(LM):
         optimizer = super().configure_optimizers()
         if not self.schedule:
             return optimizer
+        if isinstance(self.schedule, str):  # reads as "step val_loss"
+            interval, monitor = self.schedule.split()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.5)
+            scheduler = {"scheduler": plateau, "interval": interval, "monitor": monitor}
+            return [optimizer], [{**scheduler, "frequency": 5 if interval == "step" else 1}]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.05 * step))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -108,12 +117,12 @@ class Scenario:
     batch: int = 4
     workers: int = 0
     noisy: bool = False
-    schedule: bool = False
+    schedule: bool | str = False
     drawing: bool = False
     validation: bool = False
     steps: int = STEPS
     cut: int = CUT
-    save: str = "every"  # every, epoch_end, last, monitor, inside, after
+    save: str = "every"  # batches, every, epoch_end, last, monitor, inside, after
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -181,15 +190,17 @@ def _rank() -> int:
 
 
 class SaveInside(L.Callback):
-    """Saves as a user does, from a hook."""
+    """Saves as a user does, from a hook, after a step or some batches later."""
 
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
+    def __init__(self, step: int, path: Path, batches: int = 0) -> None:
+        self.step, self.path, self.wait = step, path, batches
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Save once."""
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
+        if trainer.global_step >= self.step and not self.path.exists():
+            if self.wait == 0:
+                trainer.save_checkpoint(self.path)
+            self.wait -= 1
 
 
 def fit(
@@ -212,6 +223,8 @@ def fit(
         callbacks.append(ModelCheckpoint(folder, filename="other", save_last=True))
     elif s.save == "inside":
         callbacks.append(SaveInside(s.cut, folder / "cut.ckpt"))
+    elif s.save == "batches":
+        callbacks.append(SaveInside(s.cut, folder / "cut.ckpt", batches=1))
     devices = devices or s.devices
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
@@ -238,7 +251,7 @@ def cut_path(s: Scenario) -> Path:
 def play(s: Scenario, uncut: tuple[Module, list[str]] | None = None) -> dict[str, Any]:
     """An uncut run, one that is cut, and the cut one resumed under another seed."""
     whole, _ = uncut or fit(s, "whole", s.steps, seed=7)
-    fit(s, "cut", s.cut, seed=7)
+    fit(s, "cut", s.cut + (s.save == "batches"), seed=7)
     resumed, notices = fit(s, "resumed", s.steps, seed=12345, ckpt=cut_path(s))
     return {
         "whole": {k: v.clone() for k, v in adapter_state_dict(whole).items()},

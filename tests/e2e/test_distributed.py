@@ -28,11 +28,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "epochs": {**SHORT, "save": "epoch_end"},
     "epochs_plain": {**SHORT, "loader": "plain", "noisy": True},
     "plain": {**SHORT, "size": 80, "loader": "plain", "noisy": True},
+    "accumulation": {"steps": 8, "cut": 3, "size": 192, "loader": "plain", "save": "batches",
+                     "trainer": {"accumulate_grad_batches": 3}},
     "plain_weighted": {**SHORT, "size": 80, "loader": "weighted", "drawing": True},
     "injected": {**SHORT, "size": 160, "loader": "stateful_injected"},
     "epochs_injected": {**SHORT, "loader": "stateful_injected"},
-}
-EXACT = ("dense", "nf4", "stopped", "after_fit", "epochs", "epochs_plain", "plain", "plain_weighted")
+}  # fmt: skip
+EXACT = ("dense", "nf4", "stopped", "after_fit", "epochs", "epochs_plain", "plain", "accumulation", "plain_weighted")
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +98,48 @@ def test_checkpoint_holds_adapters_and_the_random_state_of_every_rank(runs: Path
     assert not torch.equal(states[0].torch_cpu, states[1].torch_cpu)
 
 
-def test_resumed_by_one_process_gives_a_notice(runs: Path, tmp_path: Path) -> None:
+def test_resumed_by_one_process(runs: Path, tmp_path: Path) -> None:
+    """The adapters and the optimizer go on; the epoch's data begins anew, as Lightning hands it out."""
     path = cut_path(Scenario(str(runs / "dense")))
-    s = Scenario(str(tmp_path), size=480, save="every", cut=38, steps=38)
-    _, notices = fit(s, "one", steps=38, seed=1, ckpt=path)
+    s = Scenario(str(tmp_path), size=480, loader="plain", cut=38, steps=40)
+    module, notices = fit(s, "one", steps=40, seed=1, ckpt=path)
     assert any("written by 2 processes and is resumed by 1" in n for n in notices)
+    assert equal(module.began, torch.load(path)["state_dict"])
+    assert len(module.seen) == 3
+
+
+RESUMED_BY_TWO = """
+import sys, torch
+from pathlib import Path
+from lightning_lora import adapter_state_dict
+from tests.e2e.runs import Scenario, fit
+
+for folder in sys.argv[1:]:
+    s = Scenario(folder, size=64, loader="plain", save="none", devices=2, steps=20)
+    module, notices = fit(s, "two", steps=20, seed=1, ckpt=Path(folder, "cut", "cut.ckpt"))
+    found = {"began": module.began, "ended": adapter_state_dict(module), "seen": module.seen, "notices": notices}
+    torch.save(found, f"{folder}/{module.global_rank}.pt")
+"""
+
+
+def test_of_one_process_resumed_by_two(tmp_path: Path) -> None:
+    """Cut inside an epoch of 16 batches and between two."""
+    cuts = {tmp_path / "inside": 11, tmp_path / "between": 16}
+    for folder, cut in cuts.items():
+        fit(Scenario(str(folder), size=64, loader="plain", steps=cut, cut=cut), "cut", steps=cut, seed=7)
+    (tmp_path / "run.py").write_text(RESUMED_BY_TWO)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), *map(str, cuts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for folder, cut in cuts.items():
+        first, second = torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
+        assert equal(first["began"], second["began"])
+        assert equal(first["began"], torch.load(folder / "cut/cut.ckpt")["state_dict"])
+        assert equal(first["ended"], second["ended"])
+        assert len(first["seen"]) == len(second["seen"]) == 20 - cut
+        assert not any(torch.equal(a, b) for a, b in zip(first["seen"], second["seen"], strict=True))
+        assert any("written by 1 processes and is resumed by 2" in n for n in first["notices"])
 
 
 def test_adapters_of_two_processes_load_into_one(runs: Path, tmp_path: Path) -> None:

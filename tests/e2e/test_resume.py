@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora.io.checkpoint_file import read_checkpoint, write_checkpoint
 from tests.e2e.matrix import assert_resumed, played
 from tests.e2e.runs import Scenario, cut_path, fit, play
 
@@ -32,6 +33,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "workers": {"workers": 2},
     # what else has a state
     "accumulation_and_schedule": {"schedule": True, "size": 160, "trainer": {"accumulate_grad_batches": 2}},
+    "inside_an_accumulation": {"size": 240, "save": "batches", "trainer": {"accumulate_grad_batches": 3}},
+    "plateau_of_epochs": {"schedule": "epoch val_loss", "size": 32, "cut": 16, "save": "monitor", "validation": True},
+    "plateau_at_epoch_end": {"schedule": "epoch val_loss", "size": 32, "cut": 16, "save": "epoch_end",
+                             "validation": True},
+    "plateau_of_steps": {"schedule": "step val_loss", "cut": 10, "save": "monitor", "validation": True,
+                         "trainer": {"val_check_interval": 5}},
+    "plateau_between": {"schedule": "step val_loss", "cut": 11, "validation": True,
+                        "trainer": {"val_check_interval": 5}},
     # between epochs
     "epochs_step": {"size": 32, "cut": 16, "drawing": True},
     "epochs_end": {"size": 32, "cut": 16, "save": "epoch_end", "schedule": True},
@@ -126,6 +135,22 @@ def test_a_checkpoint_without_a_place_gives_a_notice(tmp_path: Path) -> None:
     s.loader = "plain"
     _, notices = fit(s, "resumed", 14, seed=1, ckpt=cut_path(s))
     assert any("The checkpoint holds no place for this loader" in n for n in notices)
+
+
+def test_a_plateau_that_waits_for_a_validation_gives_a_notice(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"schedule": "step val_loss", "validation": True, "trainer": {"val_check_interval": 5}}
+    result = play(Scenario(str(tmp_path), steps=12, cut=10, size=80, **values))
+    assert any("before a `ReduceLROnPlateau` on 'val_loss' was stepped" in n for n in result["notices"])
+
+
+def test_gradients_that_are_not_in_the_checkpoint_give_a_notice(tmp_path: Path) -> None:
+    s = Scenario(str(tmp_path), steps=12, cut=5, size=240, save="batches", trainer={"accumulate_grad_batches": 3})
+    fit(s, "cut", 6, seed=7)
+    checkpoint = read_checkpoint(cut_path(s))
+    assert checkpoint["lightning_lora"].pop("gradients")[0].keys() == checkpoint["state_dict"].keys()
+    write_checkpoint(checkpoint, cut_path(s))
+    _, notices = fit(s, "resumed", 12, seed=1, ckpt=cut_path(s))
+    assert any("between two batches whose gradients are accumulated" in n for n in notices)
 
 
 def test_worker_processes_give_a_notice(tmp_path: Path) -> None:
