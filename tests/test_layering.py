@@ -25,7 +25,17 @@ ORDER: dict[str, tuple[str, ...]] = {
     "rng": (),
     "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
     "model": (
-        *("inner", "targets", "fingerprint", "apply", "sharding", "tensor_parallel", "gradients", "optimizers"),
+        *(
+            "inner",
+            "first_inputs",
+            "targets",
+            "fingerprint",
+            "apply",
+            "sharding",
+            "tensor_parallel",
+            "gradients",
+            "optimizers",
+        ),
         *("plain", "residents", "combine", "mixed"),
     ),
     "io": (

@@ -6,44 +6,46 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.config import DTypeName
-from lightning_lora.errors import ConfigError, MergeError
+from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.adapter import load_adapter, save_adapter
+from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint import load_state
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merge_disk import merge_to_disk
-from lightning_lora.io.merged_folder import check_target, compare_folder, write_merged
+from lightning_lora.io.merged_folder import Inputs, check_target, compare_folder, write_merged
 from lightning_lora.io.names import adapter_root
+from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
+from lightning_lora.model.first_inputs import FirstInputs
 from lightning_lora.model.inner import is_hf_model
-from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.strategies.registry import whole_module
 
-ROWS = 4  # of a training batch that a transformers model is compared on
+BATCHES = 3  # of validation, on which live and merged model are compared
 
 
 class MergeOnFitEnd(Callback):
     """Writes the merged model when ``fit`` returns: a folder for ``from_pretrained``, or a plain state dict.
 
     The live model is not changed: ``trainer.test(ckpt_path="best")`` goes on with adapters. What was written
-    is loaded back and its outputs are compared with the live model's on the first training batch; the
-    difference is printed, stored in ``merge_report.json`` and in ``callback.report``, and above the limit of
-    its dtype (fp32 1e-4, fp16 1e-2, bf16 5e-2, relative) it is an error and no folder stays. The work is done
-    on the CPU by the first process, after the Trainer has moved the model there.
+    is loaded back and its outputs are compared with the live model's on the first batches of validation (of
+    training, in a run without); the difference is printed, stored in ``merge_report.json`` and in
+    ``callback.report``, and above the limit of its dtype (fp32 1e-4, fp16 1e-2, bf16 5e-2, relative) it is an
+    error and no folder stays. The work is done on the CPU by the first process, after the Trainer has moved the
+    model there. A base that was loaded from a local folder is merged from that folder's files, tensor by tensor.
 
     After a fit that raised or was interrupted nothing is written.
 
@@ -84,7 +86,8 @@ class MergeOnFitEnd(Callback):
         self.dirpath = Path(os.path.abspath(os.path.expanduser(dirpath)))
         self.weights, self.base, self.dtype = weights, base, dtype
         self.report: MergeReport | None = None
-        self._inputs = FirstInputs()
+        self._training = FirstInputs(training=True)
+        self._validation: list[FirstInputs] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse now what could not be written at the end."""
@@ -104,21 +107,31 @@ class MergeOnFitEnd(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first batch."""
         if trainer.is_global_zero:
-            compiled = any(_is_compiled(name, module) for name, module in pl_module.named_modules())
-            if not compiled:  # a traced hook would stay: compared on other inputs, or not at all
-                self._inputs.wait(adapter_root(pl_module)[1])
+            self._training.wait(adapter_root(pl_module)[1], pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """From here on the module is called by its training step."""
-        self._inputs.armed = True
+        self._training.armed = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """What calls the module from here on is no training step: validation, or a monitor's look."""
-        self._inputs.armed = False
+        self._training.armed = False
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Keep what the first validation batches are."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and len(self._validation) < BATCHES:
+            self._validation.append(FirstInputs(training=False))
+            self._validation[-1].wait(adapter_root(pl_module)[1], pl_module)
+            self._validation[-1].armed = True
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """What calls the module from here on is no validation step."""
+        if self._validation:
+            self._validation[-1].stop()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, compare and report."""
-        self._inputs.stop()
+        self._training.stop()
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("MergeOnFitEnd: no merged model is written with `fast_dev_run`")
             return
@@ -127,110 +140,55 @@ class MergeOnFitEnd(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say that nothing is written."""
-        self._inputs.stop()
+        self._let_go()
         if trainer.state.fn == "fit":
             kind = type(exception).__name__
             rank_zero_info(f"MergeOnFitEnd: fit ended by {kind}, no merged model is written to {self.dirpath}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the batch."""
-        self._inputs.stop()
-        self._inputs.seen.clear()
+        """Let go of the batches."""
+        self._let_go()
 
     def _write(self, trainer: pl.Trainer, pl_module: nn.Module) -> None:
         with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
             notes: dict[str, Any] = {"weights": self.weights, "base": self.base, "checkpoint": source}
             tokenizer = _find_tokenizer(pl_module, trainer)
-            if self.base == "original":
-                self.report = self._write_original(pl_module, tokenizer, notes)
-            else:
-                inputs = self._inputs.seen
-                self.report = write_merged(pl_module, self.dirpath, self.dtype, inputs, tokenizer, notes)
+            self.report = self._write_streamed(pl_module, tokenizer, notes)
+            if self.report is None:
+                self.report = write_merged(pl_module, self.dirpath, self.dtype, self._inputs(), tokenizer, notes)
         rank_zero_info(f"MergeOnFitEnd: {self.dirpath}: {self.report}")
 
-    def _write_original(self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any]) -> MergeReport:
-        with tempfile.TemporaryDirectory() as folder:
-            adapter = Path(folder) / "adapter"
-            save_adapter(pl_module, adapter)
-            report = merge_to_disk(_base_folder(pl_module), adapter, self.dirpath, base="original", dtype=self.dtype)
-        compare_folder(pl_module, self.dirpath, report, self._inputs.seen, tokenizer, notes)
+    def _write_streamed(self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any]) -> MergeReport | None:
+        """Tensor by tensor over the files of the base; None where these are not what was trained over."""
+        original = self.base == "original"
+        folder = _base_folder(pl_module) if original else _same_base(pl_module)
+        if folder is None:
+            return None
+        try:
+            with tempfile.TemporaryDirectory() as scratch, atomic_folder(self.dirpath) as part:
+                adapter = Path(scratch) / "adapter"
+                save_adapter(pl_module, adapter)
+                report = merge_to_disk(folder, adapter, part, base=self.base, dtype=self.dtype, progress=False)
+                compare_folder(pl_module, part, report, self._inputs(), tokenizer, notes, limited=not original)
+        except (BaseMismatchError, CheckpointError, MergeError, UnsupportedError) as error:
+            if original:
+                raise
+            rank_zero_info(f"MergeOnFitEnd: merging from the live model, not from the base's files: {error}")
+            return None
         return report
 
+    def _inputs(self) -> dict[str, Sequence[Inputs]]:
+        """What to compare on, by what it is called, the best first."""
+        validation = [watch.seen for watch in self._validation if watch.seen]
+        name = "a validation batch" if len(validation) == 1 else f"{len(validation)} validation batches"
+        return {name: validation, "a training batch": [self._training.seen] if self._training.seen else []}
 
-class FirstInputs:
-    """What the modules with adapters are called with in the first training step, copied to the CPU.
-
-    Of a plain module the outermost parts that are called themselves: a container is not, what is in it is. A hook
-    a module, removed by its first call or by that of a module around it.
-    """
-
-    def __init__(self) -> None:
-        self.seen: dict[str, tuple[tuple, dict]] = {}
-        self.armed = False
-        self._handles: dict[str, RemovableHandle] = {}
-
-    def wait(self, root: nn.Module) -> None:
-        """Put the hooks in.
-
-        Args:
-            root: The transformers model, or the plain module whose parts are watched.
-        """
-        hf = is_hf_model(root)
-        labels = hf and bool(getattr(root.config, "is_encoder_decoder", False))  # from which it makes decoder inputs
-        for name, module in [("", root)] if hf else list(_parts_with_adapters(root)):
-            hook = self._hook(name, ROWS if hf else None, labels or not hf)
-            self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def stop(self) -> None:
-        """Take out the hooks that are left."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self.armed = False
-
-    def _hook(self, name: str, rows: int | None, labels: bool) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not self.armed or not torch.is_grad_enabled():  # a monitor's look, not a training step
-                return
-            for inner in [n for n in self._handles if n == name or n.startswith(f"{name}.")]:
-                self._handles.pop(inner).remove()
-            self.seen = {n: given for n, given in self.seen.items() if not n.startswith(f"{name}.")}
-            self.seen[name] = _kept(args, kwargs, rows, labels)
-
-        return hook
-
-
-def _kept(args: tuple, kwargs: dict, rows: int | None, labels: bool) -> tuple[tuple, dict]:
-    """CPU copies of tensors and plain values; caches and other objects left out, labels where not asked for."""
-    tensors = [v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim() > 1]
-    batch = tensors[0].shape[0] if tensors else None
-
-    def keep(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        cut = rows is not None and value.dim() > 1 and value.shape[0] == batch
-        return (value[:rows] if cut else value).detach().to("cpu", copy=True)
-
-    plain = (Tensor, int, float, bool, str, type(None))
-    named = {k: keep(v) for k, v in kwargs.items() if (labels or k != "labels") and isinstance(v, plain)}
-    return tuple(keep(value) for value in args), named
-
-
-def _parts_with_adapters(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below `root` that is or holds adapters, by name, nothing inside an adapter module."""
-    inside = ""
-    for name, module in root.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, AdapterModule):
-            inside = f"{name}."
-        if any(isinstance(m, AdapterModule) for m in module.modules()):
-            yield name, module
-
-
-def _is_compiled(name: str, module: nn.Module) -> bool:
-    # `module.compile()` leaves no public mark.
-    return "_orig_mod" in name.split(".") or getattr(module, "_compiled_call_impl", None) is not None
+    def _let_go(self) -> None:
+        self._training.stop()
+        self._training.seen.clear()
+        for watch in self._validation:
+            watch.stop()
+        self._validation.clear()
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[ModelCheckpoint]:
@@ -279,6 +237,24 @@ def _base_folder(pl_module: nn.Module) -> Path:
             f"folder of this machine (known is {name!r}), or merge later with `merge_to_disk`"
         )
     return Path(name)
+
+
+def _same_base(pl_module: nn.Module) -> Path | None:
+    """The folder that the base was loaded from, if its tensors are of the dtype that the live ones have."""
+    _, root = adapter_root(pl_module)
+    name = getattr(getattr(root, "config", None), "_name_or_path", None)
+    if not name or not is_hf_model(root) or not Path(name).is_dir():
+        return None
+    live = {m.source_dtype for m in root.modules() if isinstance(m, PackedWeight)}
+    packed = {id(p) for m in root.modules() if isinstance(m, PackedWeight) for p in m.parameters()}
+    frozen = [p for p in root.parameters() if not p.requires_grad and id(p) not in packed]
+    live |= {p.dtype for p in frozen if p.is_floating_point()}
+    try:
+        with TensorFolder(Path(name)) as folder:
+            stored = {entry.dtype for entry in folder.entries.values() if entry.dtype.is_floating_point}
+    except CheckpointError:  # no safetensors
+        return None
+    return Path(name) if live == stored else None
 
 
 def _find_tokenizer(pl_module: nn.Module, trainer: pl.Trainer) -> Any:

@@ -21,7 +21,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_merged(
     model: nn.Module,
     dir: str | os.PathLike[str],
     dtype: str = "auto",
-    inputs: Inputs | None = None,
+    inputs: Mapping[str, Sequence[Inputs]] | None = None,
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> MergeReport:
@@ -75,8 +75,9 @@ def write_merged(
         model: A converted model, or a LightningModule around one.
         dir: The folder; one of ours that stands there is replaced, as a whole.
         dtype: "auto" (the base's own; a packed layer takes that of the dense ones), "fp32", "bf16" or "fp16".
-        inputs: By name of a module inside the plain root ("" is the root): the ``(args, kwargs)`` that it
-            is called with to compare live and merged. Without them a language model gets fixed token ids.
+        inputs: What to compare live and merged on: batches under what they are called, the first that runs is
+            taken. A batch is, by name of a module inside the plain root ("" is the root), the ``(args, kwargs)``
+            that it is called with. Without them a language model gets fixed token ids.
         tokenizer: Saved beside the model; without one, files in the base model's local folder are copied.
         notes: Further entries of ``merge_report.json``.
 
@@ -103,7 +104,7 @@ def write_merged(
             save_file({name: t.clone() for name, t in tensors.items()}, part / STATE, metadata={"format": "pt"})
         del tensors
         _compare(root, part, inputs or {}, report)
-        report.logit_limit = max(LOGIT_LIMITS.get(d, 1e-4) for d in (written, *_live_dtypes(root)))
+        report.logit_limit = _limit(written, root)
         check_limit(report)
         entry = {"lightning_lora": package_version(), **(notes or {}), **report.to_dict()}
         (part / REPORT).write_text(json.dumps(entry, indent=2) + "\n")
@@ -114,11 +115,12 @@ def compare_folder(
     model: nn.Module,
     dir: str | os.PathLike[str],
     report: MergeReport,
-    inputs: Inputs | None = None,
+    inputs: Mapping[str, Sequence[Inputs]] | None = None,
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
+    limited: bool = False,
 ) -> None:
-    """Measure how far a merged folder that stands there is from the live model; no limit is set.
+    """Measure how far a merged folder that stands there is from the live model.
 
     Args:
         model: The live model.
@@ -127,10 +129,17 @@ def compare_folder(
         inputs: See `write_merged`.
         tokenizer: Saved beside the model.
         notes: Further entries of ``merge_report.json``.
+        limited: Whether more than the limit of its dtype is an error.
+
+    Raises:
+        MergeError: It differs by more than that.
     """
     path, root = Path(dir), adapter_root(model)[1]
     with preserve_rng(), torch.no_grad():
         _compare(root, path, inputs or {}, report)
+    if limited:
+        report.logit_limit = _limit(getattr(torch, report.dtype), root)
+        check_limit(report)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     entry = {"lightning_lora": package_version(), **report.to_dict(), **(notes or {})}
@@ -224,24 +233,24 @@ def _save_tokenizer(root: nn.Module, part: Path, tokenizer: Any) -> None:
                     shutil.copyfile(source / name, part / name)
 
 
-def _compare(root: nn.Module, part: Path, inputs: Inputs, report: MergeReport) -> None:
+def _compare(root: nn.Module, part: Path, inputs: Mapping[str, Sequence[Inputs]], report: MergeReport) -> None:
     """Load what was written and compare its outputs with the live model's, on the first inputs that both take."""
     merged = _load_transformers(root, part) if is_hf_model(root) else None
-    batch, problem = "a training batch", "no input was seen in training, and there is none for a model of its kind"
-    choices: list[tuple[str, Any]]
-    if merged is not None:
-        choices = [(batch, inputs.get("")), ("fixed token ids", _token_ids(root))]
-    else:
-        choices = [(batch, inputs or None)]
-    for name, given in choices:
-        if given is None:
-            continue
+    problem = "no input was seen in training, and there is none for a model of its kind"
+    choices = list(inputs.items())
+    if merged is not None and (ids := _token_ids(root)) is not None:
+        choices.append(("fixed token ids", [{"": ids}]))
+    for name, batches in choices:
         try:
             if merged is not None:
-                pairs = [_outputs(root, merged, given)]
+                pairs = [_outputs(root, merged, batch[""]) for batch in batches if "" in batch]
             else:
-                units = _units(root, load_file(part / STATE), given)
-                pairs = [_outputs(unit, merged_unit, own) for unit, merged_unit, own in units]
+                state = load_file(part / STATE) if batches else {}
+                pairs = [
+                    _outputs(unit, merged_unit, own)
+                    for batch in batches
+                    for unit, merged_unit, own in _units(root, state, batch)
+                ]
         except Exception as error:  # the merge stands; what could not run here (a GPU kernel, say) is said
             problem = f"{name}: {error!r}"
             continue
@@ -249,7 +258,8 @@ def _compare(root: nn.Module, part: Path, inputs: Inputs, report: MergeReport) -
         if live or other:
             report.logit_error, report.checked_on = relative_error(other, live), name
             return
-        problem = f"{name}: there are no floating outputs"
+        if pairs:
+            problem = f"{name}: there are no floating outputs"
     warnings.warn(f"live and merged outputs could not be compared ({problem}): only weights were", Notice, stacklevel=3)
 
 
@@ -334,6 +344,10 @@ def _token_ids(root: nn.Module) -> tuple[tuple, dict] | None:
     if getattr(root.config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids
     return (), kwargs
+
+
+def _limit(written: torch.dtype, root: nn.Module) -> float:
+    return max(LOGIT_LIMITS.get(dtype, 1e-4) for dtype in (written, *_live_dtypes(root)))
 
 
 def _live_dtypes(root: nn.Module) -> set[torch.dtype]:

@@ -21,6 +21,7 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError, MergeError, Notice
+from lightning_lora.io.merge_disk import DiskMergeReport
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, set_adapter_scale
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
@@ -273,10 +274,25 @@ def test_looks_outside_of_training_steps_are_not_what_is_compared_on(tmp_path: P
 
     class Reads(L.Callback):
         def on_train_end(self, *_: Any) -> None:
-            seen.extend(args[0].shape for args, _ in merge._inputs.seen.values())
+            given = [call for batches in merge._inputs().values() for batch in batches for call in batch.values()]
+            seen.extend(args[0].shape for args, _ in given)
 
     make_trainer(tmp_path, [merge, Looks(), LoRA(r=2), Reads()]).fit(LM(TinyNet()), loader())
     assert seen == [torch.Size([4, 16])]
+
+
+@pytest.mark.parametrize("net", ["llama", "plain"])
+def test_compared_on_the_run_s_own_validation_data(net: str, tmp_path: Path) -> None:
+    merge = MergeOnFitEnd(tmp_path / "m")
+    trainer = make_trainer(tmp_path, [LoRA(r=2), merge], limit_val_batches=5, val_check_interval=2)
+    module = LM(tiny_llama() if net == "llama" else TinyNet())
+    trainer.fit(module, loader(), loader(40, seed=3))
+    assert merge.report is not None
+    assert merge.report.checked_on == "3 validation batches"
+    assert merge.report.logit_error < 1e-5
+    assert not any(m._forward_pre_hooks for m in module.modules())
+    trainer.validate(module, loader(40, seed=3), verbose=False)
+    assert merge._inputs() == {"0 validation batches": [], "a training batch": []}
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
@@ -449,3 +465,28 @@ def test_two_processes_write_one_folder_and_fail_together(tmp_path: Path) -> Non
     assert all((tmp_path / "a" / name / "adapter_config.json").is_file() for name in kept)
     assert "not empty" in (tmp_path / "refused_0.txt").read_text()
     assert "the first process could not" in (tmp_path / "refused_1.txt").read_text()
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_base_from_a_folder_is_merged_from_its_files(quantize: str, changed: bool, tmp_path: Path) -> None:
+    """Unless the live one has become another since: then from the live one."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base").train()
+    if changed:
+        net.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    module = LM(net)
+    merge = MergeOnFitEnd(tmp_path / "m")
+    make_trainer(tmp_path, [LoRA(r=2, quantize=quantize), merge]).fit(module, loader())  # type: ignore[arg-type]
+    assert merge.report is not None
+    assert isinstance(merge.report, DiskMergeReport) == (not changed)
+    assert merge.report.logit_error < 1e-5
+    assert merge.report.logit_limit == 1e-4
+    shards = len(list((tmp_path / "m").glob("*.safetensors")))
+    assert shards == 1  # `max_shard_size` is of the files to write, not of those that were read
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-4, atol=1e-4)

@@ -113,7 +113,7 @@ def test_an_encoder_decoder_works_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_plain_module_gives_a_state_dict_that_loads_strictly(quantize: str, tmp_path: Path) -> None:
     model = adapted(LM(TinyNet()), quantize=quantize)
-    inputs = {"net": ((IDS,), {})}
+    inputs = {"a batch": [{"net": ((IDS,), {})}]}
     report = write_merged(model, tmp_path / "m", inputs=inputs)
     plain = LM(TinyNet())
     plain.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"), strict=True)
@@ -125,7 +125,9 @@ def test_a_plain_module_gives_a_state_dict_that_loads_strictly(quantize: str, tm
 
 
 def test_a_batch_that_cannot_be_run_again_gives_way_to_fixed_ids(tmp_path: Path) -> None:
-    report = write_merged(adapted(tiny_llama()), tmp_path / "m", inputs={"": ((), {"attention_mask": IDS})})
+    report = write_merged(
+        adapted(tiny_llama()), tmp_path / "m", inputs={"a batch": [{"": ((), {"attention_mask": IDS})}]}
+    )
     assert report.checked_on == "fixed token ids"
     assert report.logit_error < 1e-4
 
@@ -161,7 +163,7 @@ def test_a_difference_past_the_limit_leaves_no_folder(tmp_path: Path) -> None:
 
     model = adapted(Drifts())
     with pytest.raises(MergeError, match=r"outputs differ from the live model's by 1\.000e\+00, the limit"):
-        write_merged(model, tmp_path / "m", inputs={"": ((IDS,), {})})
+        write_merged(model, tmp_path / "m", inputs={"a batch": [{"": ((IDS,), {})}]})
     assert list(tmp_path.iterdir()) == []
 
 
