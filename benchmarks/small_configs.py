@@ -18,12 +18,13 @@ VOCAB = 128
 
 #: (what the end of a name looks like, its value): the first rule that matches counts. Names in braces are a recipe's.
 RULES: list[tuple[str, Any]] = [
-    (r"vocab_size(_per_layer_input)?|n_words|text_vocab_size|local_vocab_size|codebook_size", VOCAB),
+    (r"vocab_size(_per_layer_input)?|n_words|text_vocab_size|local_vocab_size|codebook_size|.*group_vocab", VOCAB),
     (r"num_(kv_|key_value_|global_key_value_)heads|n_head_kv|num_kv_shared_layers_heads|kv_n_heads", "{kv}"),
     (r"(num|n)_key_value_heads|num_global_key_value_heads|swa_num_key_value_heads", "{kv}"),
     (r"(linear_num_key_heads|linear_num_value_heads)", 4),
     (r"mamba_num_heads|mamba_n_heads|mamba_nheads|n_mamba_heads|mamba_n_groups|mamba_ngroups|n_groups", "{mamba}"),
     (r".*heads|n_head|n_heads|num_heads|heads", "{heads}"),
+    (r"qk_head_dim", "{qk}"),
     (r"qk_rope_head_dim|qk_nope_head_dim", "{half}"),
     (r"rotary_dim|qk_rope_dim|index_head_dim|pos_embedding_dim", 16),
     (r"mamba_head_dim|mamba_d_head|mamba_headdim", "{mamba_dim}"),
@@ -54,11 +55,11 @@ RULES: list[tuple[str, Any]] = [
 #: What the braces in `RULES` stand for; "layers" null leaves the layers as many as they are, "fill" gives numbers to
 #: some entries that are null.
 RECIPES: list[dict[str, Any]] = [
-    {"layers": 2, "heads": 4, "kv": 2, "mamba": 2, "mamba_dim": 64, "half": 16},
-    {"layers": 2, "heads": 4, "kv": 4, "mamba": 8, "mamba_dim": 16, "half": 8, "fill": True},
-    {"layers": 4, "heads": 8, "kv": 8, "mamba": 8, "mamba_dim": 16, "half": 16},
-    {"layers": None, "heads": 4, "kv": 2, "mamba": 8, "mamba_dim": 16, "half": 16},
-    {"layers": None, "heads": 4, "kv": 4, "mamba": 2, "mamba_dim": 64, "half": 16, "fill": True},
+    {"layers": 2, "heads": 4, "kv": 2, "mamba": 2, "mamba_dim": 64, "half": 16, "qk": 32},
+    {"layers": 2, "heads": 4, "kv": 4, "mamba": 8, "mamba_dim": 16, "half": 8, "qk": 16, "fill": True},
+    {"layers": 4, "heads": 8, "kv": 8, "mamba": 8, "mamba_dim": 16, "half": 16, "qk": 32},
+    {"layers": None, "heads": 4, "kv": 2, "mamba": 8, "mamba_dim": 16, "half": 16, "qk": 32},
+    {"layers": None, "heads": 4, "kv": 4, "mamba": 2, "mamba_dim": 64, "half": 16, "qk": 32, "fill": True},
 ]
 
 FILL: dict[str, Any] = {
@@ -69,6 +70,7 @@ FILL: dict[str, Any] = {
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
     "n_group": 1,
+    "n_shared_experts": 1,
     "topk_group": 1,
     "layer_types": "{layer_types}",
     "default_language": "{default_language}",
