@@ -10,8 +10,9 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import Notice, OptimizerError
@@ -156,3 +157,39 @@ def _say(inherited: list[str], missing: list[str], optimizer: str) -> None:
         joined = f"{len(missing)} trainable parameters, {missing[0]!r} first, joined its first group"
         text += f"{', and ' if inherited else ''}{joined}"
     warnings.warn(text, Notice, stacklevel=3)
+
+
+def fitting_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A stored optimizer state for one that may hold fewer parameters: those that are trained.
+
+    An optimizer over a whole model has a state for what got gradients, and for the frozen rest none: in the order
+    of its groups, what has a state is what is trained.
+
+    Raises:
+        OptimizerError: Groups or shapes differ in another way.
+    """
+    held = [group["params"] for group in optimizer.param_groups]
+    stored = [group["params"] for group in state["param_groups"]]
+    if [len(group) for group in stored] == [len(group) for group in held]:
+        return state
+    kept = [[number for number in group if number in state["state"]] for group in stored]
+    pairs = [(state["state"][n], p) for ns, ps in zip(kept, held, strict=False) for n, p in zip(ns, ps, strict=False)]
+    fits = all(
+        not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape
+        for values, parameter in pairs
+        for value in values.values()
+    )
+    if [len(group) for group in kept] != [len(group) for group in held] or not fits:
+        raise OptimizerError(
+            f"the checkpoint's optimizer has groups of {[len(group) for group in stored]} parameters, this run's of "
+            f"{[len(group) for group in held]}: make the optimizer as the earlier run did, or start anew from its "
+            "weights with `init_from`"
+        )
+    order = {number: place for place, number in enumerate(n for group in kept for n in group)}
+    groups = [
+        {**group, "params": [order[number] for number in numbers]}
+        for group, numbers in zip(state["param_groups"], kept, strict=True)
+    ]
+    for group in groups:
+        group.pop("param_names", None)  # of the whole model
+    return {**state, "state": {order[n]: state["state"][n] for n in order}, "param_groups": groups}

@@ -30,6 +30,7 @@ from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.io.resumable import resumable
 from lightning_lora.model.apply import adapter_state_dict, is_adapted, refuse_merged
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
 from lightning_lora.strategies.together import together
@@ -246,7 +247,10 @@ class AdapterStateMixin(Strategy):
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(unmapped(checkpoint, "optimizer_states", self.root_device))
+        checkpoint = unmapped(checkpoint, "optimizer_states", self.root_device)
+        pairs = zip(checkpoint["optimizer_states"], self.optimizers, strict=False)
+        fitting = [fitting_state(state, optimizer) for state, optimizer in pairs]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": fitting})
 
     def _shard_like(self, name: str) -> Tensor | None:
         """The sharded tensor that a tensor of a distributed checkpoint will be copied into."""
