@@ -55,7 +55,7 @@ class AdapterStateMixin(Strategy):
     whole_gradients = True
 
     _resumed: tuple[Place, dict[str, Any]] | None = None  # where, and our entry in the checkpoint
-    _unfinished = Unfinished()
+    _unfinished: Unfinished  # made by `setup`
     _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
     _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
     _said_modules = False
@@ -163,9 +163,9 @@ class AdapterStateMixin(Strategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Forget the run before."""
+        self._unfinished = Unfinished()
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._run_state = self._ended_at = None
-            self._unfinished = Unfinished()
         super().setup(trainer)
 
     def process_dataloader(self, dataloader: object) -> object:
