@@ -10,7 +10,7 @@ DEV    := $(VENV)/.installed-dev
 OUT    ?= outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types docs clean
+.PHONY: help demo test test-slow test-deepspeed lint format types docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,11 @@ test: $(DEV)  ## every test but the slow ones and those that need a GPU
 
 test-slow: $(DEV)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations 20
+
+test-deepspeed: export OMP_NUM_THREADS ?= 1
+test-deepspeed: $(DEV)  ## the tests of DeepSpeed, on the CPU (installs it; needs a C++ compiler)
+	$(PIP) deepspeed==0.19.8
+	$(BIN)/python -m pytest tests/strategies/test_deepspeed.py -m "not gpu"
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

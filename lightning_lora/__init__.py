@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
+    from lightning_lora.strategies.deepspeed import AdapterDeepSpeedStrategy
     from lightning_lora.strategies.fsdp import AdapterFSDPStrategy
     from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
     from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
@@ -51,6 +52,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterDDPStrategy": "strategies.ddp",
+    "AdapterDeepSpeedStrategy": "strategies.deepspeed",
     "AdapterFSDPStrategy": "strategies.fsdp",
     "AdapterModelParallelStrategy": "strategies.model_parallel",
     "AdapterSingleDeviceStrategy": "strategies.single_device",
@@ -84,6 +86,7 @@ _HOME = {
 __all__ = [
     "AdapterCheckpoint",
     "AdapterDDPStrategy",
+    "AdapterDeepSpeedStrategy",
     "AdapterFSDPStrategy",
     "AdapterModelParallelStrategy",
     "AdapterSingleDeviceStrategy",

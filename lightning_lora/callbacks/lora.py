@@ -21,10 +21,11 @@ from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora, merged_layers
 from lightning_lora.model.gradients import GradientCheck, check_loss
-from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, repair_optimizers
+from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, held_by, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.strategies.registry import attach
 from lightning_lora.strategies.sharded import ShardedStateMixin
+from lightning_lora.strategies.state import AdapterStateMixin
 
 
 class LoRA(Callback):
@@ -140,7 +141,8 @@ class LoRA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that the optimizers hold every adapter; from here on no other one may take its place."""
-        check_optimizers(trainer.optimizers, pl_module)
+        strategy = _own(trainer)
+        check_optimizers(trainer.optimizers, pl_module, held_by if strategy is None else strategy.held_by)
         self._mark(pl_module, fitting=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,10 +170,14 @@ class LoRA(Callback):
         if pl_module.automatic_optimization and not self._stepping:
             return  # `training_step` gave None: Lightning's step does nothing
         self._stepping = False
-        if self._gradients is None:
+        strategy = _own(trainer)
+        if self._gradients is None or not (strategy is None or strategy.steps_now):
             return
         with _rank_zero_notices(trainer):
-            self._gradients.check({id(p) for group in optimizer.param_groups for p in group["params"]})
+            if strategy is None:
+                self._gradients.check(held_by(optimizer))
+            else:
+                self._gradients.check(strategy.held_by(optimizer), strategy.gradient)
         if self._gradients.done:
             self._gradients = None
 
@@ -225,6 +231,11 @@ class LoRA(Callback):
         if self.init_from is not None:
             load_adapter(pl_module, self.init_from)
         rank_zero_info(_summary(self.report))
+
+
+def _own(trainer: pl.Trainer) -> AdapterStateMixin | None:
+    """The Trainer's strategy as `attach` made it; None where it is of a kind that `attach` leaves alone."""
+    return trainer.strategy if isinstance(trainer.strategy, AdapterStateMixin) else None
 
 
 def _refuse_company(callback: LoRA, trainer: pl.Trainer) -> None:

@@ -110,7 +110,7 @@ def load_state(
         AdapterMismatchError: Configuration, keys, shapes or dtypes differ.
         BaseMismatchError: The adapters were trained on another base.
     """
-    with _naming(file):
+    with naming(file):
         _load_state(model, checkpoint, strict, file)
 
 
@@ -142,7 +142,7 @@ def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
     """Put the file's name before the text of what does not fit."""
     try:
         yield

@@ -82,7 +82,7 @@ def write_distributed(
             f"{os.fspath(target or folder)} could not be written ({told}). What stood there before is as it was"
         ) from error
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        rest[KEY] = {**rest.get(KEY, {}), _FILES: dict(_file_digests(Path(folder)))}
+        rest[KEY] = {**rest.get(KEY, {}), _FILES: dict(file_digests(Path(folder)))}
         write_checkpoint(rest, Path(folder, META))
 
 
@@ -105,7 +105,7 @@ def read_distributed(
     checkpoint = read_checkpoint(Path(folder, META))
     reader = _Reader(folder)
     try:
-        _check_files(checkpoint, Path(folder))
+        check_files((checkpoint.get(KEY) or {}).get(_FILES), Path(folder))
         entries = reader.read_metadata().state_dict_metadata
         wanted = _checked({n: e for n, e in entries.items() if optimizers or n.startswith("state_dict.")}, Path(folder))
         tensors: dict[str, Any] = {name: _target(entry, like(name)) for name, entry in wanted.items()}
@@ -192,19 +192,27 @@ def _join(rest: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]
     return {**rest, "state_dict": state_dict}
 
 
-def _file_digests(folder: Path) -> Iterator[tuple[str, str]]:
+def file_digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and digest of every file of a folder but the one that holds the digests."""
     for file in sorted(folder.iterdir()):
         size = file.stat().st_size
         if file.name != META and size:
             yield file.name, tensor_digest(torch.from_file(str(file), size=size, dtype=torch.uint8))
 
 
-def _check_files(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Compare every file with its digest, before anything in it is used."""
-    expected = (checkpoint.get(KEY) or {}).get(_FILES)
+def check_files(expected: Mapping[str, str] | None, folder: Path) -> None:
+    """Compare every file of a folder with its digest, before anything in it is used.
+
+    Args:
+        expected: What `file_digests` gave; None where Lightning itself wrote.
+        folder: Where the files are.
+
+    Raises:
+        CheckpointError: A file has changed, is missing or was added.
+    """
     if expected is None:
-        return  # of Lightning's own writing
-    found = dict(_file_digests(folder))
+        return
+    found = dict(file_digests(folder))
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:
         how = "is missing" if odd[0] not in found else "was added" if odd[0] not in expected else "has changed"

@@ -323,7 +323,7 @@ def _refuse_converted(model: nn.Module) -> None:
     if sharded or any("_fsdp_wrapped_module" in name.split(".") for name, _ in model.named_modules()):
         raise UnsupportedError(
             f"the model is already sharded ({(sharded or ['FSDP'])[0]!r}): call `apply_lora(self, config)` in "
-            "`configure_model` before `fully_shard` or `wrap`"
+            "`configure_model` before `fully_shard` or `wrap`, and build the model outside `deepspeed.zero.Init`"
         )
 
 

@@ -8,8 +8,9 @@ Steps are counted by layer, since several optimizers may share the adapters out 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import GradientError, Notice
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
-from lightning_lora.nn.sharded import whole
+from lightning_lora.nn.sharded import whole, whole_shape
 
 PATIENCE = 5
 PATROL = 100
@@ -60,17 +61,24 @@ class GradientCheck:
             hook.remove()
         self._hooks = []
 
-    def check(self, parameters: Collection[int]) -> None:
+    def check(
+        self,
+        parameters: Collection[int],
+        gradient: Callable[[nn.Parameter], Tensor | None] = attrgetter("grad"),
+    ) -> None:
         """Judge the gradients that an optimizer is about to use.
 
         Args:
             parameters: The ids of the optimizer's parameters.
+            gradient: Gives a parameter's gradient, where the parameter does not hold it itself.
 
         Raises:
             GradientError: A layer was called and its B has no gradient, or a zero one for `PATIENCE` steps.
         """
-        layers = {name: m for name, m in self._layers.items() if id(m.lora_B) in parameters and m.lora_B.numel()}
-        grads = {name: m.lora_B.grad for name, m in layers.items() if m.lora_B.grad is not None}
+        layers = {
+            name: m for name, m in self._layers.items() if id(m.lora_B) in parameters and whole_shape(m.lora_B).numel()
+        }
+        grads = {name: grad for name, m in layers.items() if (grad := gradient(m.lora_B)) is not None}
         if not layers:
             return
         zero, finite = _judge(grads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
     optimizers = list(optimizers)
     trainable = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     names = {key: name for key, (name, _) in trainable.items()}
-    placed = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    placed = {key for optimizer in optimizers for key in held_by(optimizer)}
     held = any(id_ in trainable for id_ in placed)  # it was built when the adapters were in the model
     inherited: list[str] = []
     for optimizer in optimizers:
@@ -99,14 +99,26 @@ def repair_optimizers(optimizers: Iterable[Optimizer], model: nn.Module, success
         _say(inherited, [name for name, _ in missing], type(optimizers[0]).__name__)
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+def held_by(optimizer: Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def check_optimizers(
+    optimizers: Iterable[Optimizer], model: nn.Module, held_by: Callable[[Optimizer], set[int]] = held_by
+) -> None:
     """See that every trainable parameter of the adapters is in some optimizer, and that nothing else is trained.
+
+    Args:
+        optimizers: The optimizers of the run.
+        model: The converted model.
+        held_by: The ids of the model's parameters that an optimizer moves.
 
     Raises:
         OptimizerError: Some are not, or the base is trained too, with names.
     """
     check_trained(model)
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {key for optimizer in optimizers for key in held_by(optimizer)}
     lost = [
         f"{name}.{own}"
         for name, module in adapter_modules(model)

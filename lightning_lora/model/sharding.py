@@ -30,7 +30,7 @@ from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.nn.saved import SavedModule
-from lightning_lora.nn.sharded import is_sharded, whole
+from lightning_lora.nn.sharded import is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -114,9 +114,9 @@ def gathered(model: nn.Module, keep: bool, base: bool = True) -> nn.Module | Non
             copies[id(tensor)] = tensor
             continue
         if base or id(tensor) in wanted:
-            full = whole(tensor.detach()).cpu()
+            full = whole(tensor).detach().cpu()
         else:
-            full = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            full = torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
         if keep:
             copies[id(tensor)] = nn.Parameter(full, requires_grad=tensor.requires_grad)
         del full
@@ -229,9 +229,9 @@ def _plain(module: nn.Module, tensors: dict[int, Tensor], made: dict[int, nn.Mod
 
 
 def _distributes(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is one of those by which torch gathers, sends or spreads tensors."""
+    """Whether a hook is one of those by which torch or DeepSpeed gathers, sends or spreads tensors."""
     function = hook.func if isinstance(hook, functools.partial) else hook
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
+    return str(getattr(function, "__module__", "")).startswith(("torch.distributed.", "deepspeed."))
 
 
 def _is_unit(module: nn.Module) -> bool:

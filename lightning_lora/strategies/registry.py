@@ -8,6 +8,7 @@ import warnings
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -18,16 +19,24 @@ from torch.nn import Module
 
 from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.strategies.ddp import AdapterDDPStrategy, ReplicatedBaseMixin
+from lightning_lora.strategies.deepspeed import AdapterDeepSpeedStrategy, DeepSpeedStateMixin
 from lightning_lora.strategies.fsdp import AdapterFSDPStrategy, FSDPStateMixin
 from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy, ModelParallelStateMixin
 from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
 from lightning_lora.strategies.state import AdapterStateMixin
 
-STRATEGIES = (AdapterSingleDeviceStrategy, AdapterDDPStrategy, AdapterFSDPStrategy, AdapterModelParallelStrategy)
+STRATEGIES = (
+    AdapterSingleDeviceStrategy,
+    AdapterDDPStrategy,
+    AdapterDeepSpeedStrategy,
+    AdapterFSDPStrategy,
+    AdapterModelParallelStrategy,
+)
 
 # What gives a user's own strategy of a kind the behaviour.
 _MIXINS: tuple[tuple[type, type[AdapterStateMixin]], ...] = (
     (SingleDeviceStrategy, AdapterStateMixin),
+    (DeepSpeedStrategy, DeepSpeedStateMixin),  # a DDPStrategy by inheritance
     (DDPStrategy, ReplicatedBaseMixin),
     (FSDPStrategy, FSDPStateMixin),
     (ModelParallelStrategy, ModelParallelStateMixin),

@@ -7,7 +7,7 @@ is. A checkpoint is one file like any other strategy's, which any other strategy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ class ShardedStateMixin(AdapterStateMixin):
             return
         if storage_options is not None:
             raise UnsupportedError("`storage_options` has no meaning for a checkpoint of shards: leave it out")
+        self._write_folder(path, lambda part: write_distributed(checkpoint, part, path))
+
+    def _write_folder(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Let every process write into a folder that takes its name when all are done."""
         what = f"save {path}"
         with ExitStack() as stack:
             part = path
@@ -90,7 +94,7 @@ class ShardedStateMixin(AdapterStateMixin):
                     part = stack.enter_context(atomic_folder(path, over_file=True))
             part = self.broadcast(part)
             with together(self.world_size, what):
-                write_distributed(checkpoint, part, path)
+                write(part)
             with together(self.world_size, what):
                 stack.close()  # the first process's folder takes its name
 

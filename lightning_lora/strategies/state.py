@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_lora.errors import CheckpointError, Notice
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
@@ -30,7 +31,7 @@ from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.io.resumable import resumable
 from lightning_lora.model.apply import adapter_state_dict, is_adapted, refuse_merged
 from lightning_lora.model.inner import clean_name
-from lightning_lora.model.optimizers import fitting_state
+from lightning_lora.model.optimizers import fitting_state, held_by
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
 from lightning_lora.strategies.together import together
@@ -102,6 +103,19 @@ class AdapterStateMixin(Strategy):
             base: Whether the frozen base is wanted too, where the module is spread over processes.
         """
         return self._converted_module() if self.is_global_zero else None
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether the optimizer step that Lightning is about to take is one; DeepSpeed counts batches itself."""
+        return True
+
+    def held_by(self, optimizer: Optimizer) -> set[int]:
+        """The ids of the module's parameters that an optimizer moves."""
+        return held_by(optimizer)
+
+    def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """The gradient that the next step will use; every process calls it."""
+        return parameter.grad
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
