@@ -116,6 +116,15 @@ class DeepSpeedStateMixin(ShardedStateMixin):
         with deepspeed.zero.GatheredParameters(trained, modifier_rank=0):
             super().load_model_state_dict(checkpoint, strict)
 
+    def whole_module(self, base: bool = False) -> nn.Module | None:
+        """As under every sharding strategy; not the base that ZeRO 3 has spread over several processes."""
+        if base and self.world_size > 1 and is_sharded_model(self._converted_module()):
+            raise UnsupportedError(
+                "under ZeRO 3 a base is not gathered from several processes: merge afterwards, on one process, with "
+                "`load_from_checkpoint` and `merge_adapters`"
+            )
+        return super().whole_module(base)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Nothing: DeepSpeed writes it."""
         return {}

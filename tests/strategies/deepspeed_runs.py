@@ -102,7 +102,9 @@ def resumes(folder: Path, stage: int, quantize: str, precision: str) -> dict[str
     """An uncut run, one from the middle, the same of a user's own strategy, and a test of what was saved."""
     config = {"quantize": quantize, "lora_dropout": 0.1}
     kinds = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
-    beside = [AdapterCheckpoint(folder / "folders", every_n_train_steps=CUT), MergeOnFitEnd(folder / "merged")]
+    beside: list[L.Callback] = [AdapterCheckpoint(folder / "folders", every_n_train_steps=CUT)]
+    if WORLD == 1 or stage < 3:
+        beside.append(MergeOnFitEnd(folder / "merged"))
     run, module, uncut = fit(folder / "uncut", strategy(stage), config, callbacks=beside, **kinds)
     held = len(run.strategy.held_by(run.optimizers[0]))
     cut = folder / "uncut" / f"step={CUT}.ckpt"

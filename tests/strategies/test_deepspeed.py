@@ -30,7 +30,6 @@ INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed is not installed: make test-deepspeed")
 
 ALONE = ("1/nf4/32-true", "2/nf4/bf16-mixed", "3/none/bf16-mixed")
-TWO = ("2/none/32-true", "3/nf4/32-true")
 ZERO = {"zero_optimization": {"stage": 2}}
 
 
@@ -42,12 +41,11 @@ def launch(folder: Path, processes: int, device: str, cases: tuple[str, ...]) ->
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, id="1-process"), pytest.param(2, id="2-processes")])
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder, the cases, and what each rank found."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    cases = ALONE if request.param == 1 else TWO
-    return folder, cases, launch(folder, request.param, "cpu", cases)
+    return folder, ALONE, launch(folder, 1, "cpu", ALONE)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -70,7 +68,8 @@ def check_resume(folder: Path, cases: tuple[str, ...], found: list[dict[str, Any
             assert (each["spread"] > 0) == case.startswith("3")
             assert each["dtypes"] == ({"torch.float32"} if "nf4" in case else set())
         assert {t.dtype for t in saved.values()} == {torch.float32}
-        assert (folder / case / "merged" / "model.safetensors").is_file()
+        merges = len(found) == 1 or not case.startswith("3")
+        assert (folder / case / "merged" / "model.safetensors").is_file() == merges
 
 
 @needs_deepspeed
