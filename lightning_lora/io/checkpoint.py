@@ -119,7 +119,7 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
     entry = checkpoint.get(KEY)
     own = adapter_state_dict(model)
     if entry is None:
-        state = {name: tensor for name, tensor in _cleaned(state).items() if name in own}
+        state = {name: tensor for name, tensor in _cleaned(state, own).items() if name in own}
         if not state:
             raise CheckpointError(
                 "the checkpoint holds no adapters: it is of a run without LoRA. Load its weights into the module "
@@ -127,7 +127,7 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
             )
     else:
         check_metadata(model, entry)
-        state = _cleaned(state)
+        state = _cleaned(state, own)
     fitting = {n: t for n, t in state.items() if n in own and isinstance(t, torch.Tensor) and t.shape == own[n].shape}
     check_finite(fitting, os.fspath(file))  # what does not fit may be of any size, and is refused below
     load_adapter_state(model, state, strict=strict and entry is not None)
@@ -136,9 +136,12 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
             module.strength = entry.get("strength", {}).get(clean_name(name), 1.0)
 
 
-def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Names without what wrappers put into them, as every name of ours is."""
-    return {clean_name(name): tensor for name, tensor in state.items()}
+def _cleaned(state: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Names without what wrappers put into them, as every name of ours is; DDP's ``module.`` goes where none fits."""
+    cleaned = {clean_name(name): tensor for name, tensor in state.items()}
+    if any(name in own for name in cleaned):
+        return cleaned
+    return {name.removeprefix("module."): tensor for name, tensor in cleaned.items()}
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ tensor is written with it::
     s_k    = sum of the int64 words of block k, mod 2^64        blocks of 4 KiB
     digest = BLAKE2b( dtype, shape, s_0, s_1, ..., the bytes that fill no block )
 
-One changed bit changes its block's sum; other damage goes unseen with probability 2^-64. It reads as fast as memory
-does, several times faster than a CRC. It is no protection against somebody who wants to deceive.
+One changed bit changes its block's sum; random damage goes unseen with probability 2^-64, words of one block that
+change places always. It reads as fast as memory does, several times faster than a CRC. It is no protection against somebody who wants to deceive.
 """
 
 from __future__ import annotations

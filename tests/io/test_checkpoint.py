@@ -344,6 +344,21 @@ def test_a_full_checkpoint_that_holds_the_adapters_loads_too() -> None:
     assert all(torch.equal(wanted[name], tensor) for wanted, (name, tensor) in pairs)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "full"])
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "module._orig_mod."]
+)
+def test_names_that_wrappers_have_changed_are_found(wrapper: str, whole: bool) -> None:
+    model, other = TinyNet(), TinyNet()
+    for net in (model, other):
+        apply_lora(net, LoRAConfig(r=2))
+    random_adapters(model)
+    state = {wrapper + name: t for name, t in (model.state_dict() if whole else adapter_state_dict(model)).items()}
+    entry = {} if whole else {KEY: {**metadata(model), "fingerprint": metadata(other)["fingerprint"]}}
+    load_state(other, {"state_dict": state, **entry})
+    assert all(torch.equal(t, adapter_state_dict(other)[name]) for name, t in adapter_state_dict(model).items())
+
+
 def test_best_checkpoint_gives_the_live_numbers(tmp_path: Path) -> None:
     module = Net()
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Call(NamedTuple):
     """One call: "fsync", "rename", "link" (a link's rename) or "remove"; a synced file's digest, a rename's target."""
@@ -35,6 +37,7 @@ def traced(work: Callable[[], object], log: Path, die_after: int | None = None) 
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(1)  # the parent's threads are not here
             _note_calls(log, die_after)
             work()
             os._exit(0)

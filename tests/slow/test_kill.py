@@ -61,6 +61,7 @@ def forked(work: Callable[[], object]) -> int:
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # the parent's threads are not here
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             work()
             code = 0
