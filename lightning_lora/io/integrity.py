@@ -8,7 +8,8 @@ tensor is written with it::
     digest = BLAKE2b( dtype, shape, s_0, s_1, ..., the bytes that fill no block )
 
 One changed bit changes its block's sum; random damage goes unseen with probability 2^-64, words of one block that
-change places always. It reads as fast as memory does, several times faster than a CRC. It is no protection against somebody who wants to deceive.
+change places always. It reads as fast as memory does, several times faster than a CRC. It is no protection against
+somebody who wants to deceive.
 """
 
 from __future__ import annotations
