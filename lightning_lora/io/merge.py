@@ -86,7 +86,8 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     """Fold every adapter of `model` into its base, in memory, in place, layer by layer.
 
     Each adapted layer becomes a plain linear again, a packed layer a dense one, a module of
-    ``modules_to_save`` its trained copy. What was adapted stays frozen.
+    ``modules_to_save`` its trained copy. What was adapted stays frozen. Of several adapters the one in use is folded
+    in, and the others are gone with the layers.
 
     Args:
         model: A converted model, or a LightningModule around one.
@@ -115,7 +116,8 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
             _measure(report, clean(names[0]), module, weight)
-            mark_merged(plain)
+            if not module.vacant:
+                mark_merged(plain)
         elif isinstance(module, SavedModule):
             _check_finite(report, clean(names[0]), *plain.parameters())
         for name in names:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora import (
     LoRA,
@@ -35,6 +36,7 @@ from lightning_lora import (
 from lightning_lora.errors import AdapterMismatchError, ConfigError, UnsupportedError
 from lightning_lora.io.checkpoint import metadata
 from lightning_lora.model.residents import rename_adapter
+from lightning_lora.model.sharding import shard_model
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
 from tests.model.nets import Normed, notices, tiny_bert
@@ -432,6 +434,22 @@ def test_adapters_on_the_meta_device_are_refused(many: tuple[nn.Module, dict[str
         with pytest.raises(UnsupportedError, match="sharded or on the meta device"):
             swap(model, "twin")
         assert active_adapter(model) == "plain"
+
+
+def test_sharded_adapters_are_refused_and_vacant_layers_shard(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, wanted = many
+    set_adapter(model, "wide")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard_model(model, init_device_mesh("cpu", (1,)))
+        assert torch.allclose(logits(model), wanted["wide"], atol=1e-5)
+        for swap in (set_adapter, lambda m, n: use_adapter(m, n).__enter__()):
+            with pytest.raises(UnsupportedError, match="before `fully_shard`"):
+                swap(model, "plain")
+        assert active_adapter(model) == "wide"
+        assert torch.allclose(logits(model), wanted["wide"], atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Under a Trainer
