@@ -69,7 +69,6 @@ def set_adapter(model: nn.Module, name: str) -> None:
     if name == record.name:
         return
     refuse_in_fit(record)
-    drop_gradients(record, slots)
     _exchange(record, slots, name, in_place=not record.lent)  # what is lent comes back with its values
 
 
@@ -150,8 +149,7 @@ def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping
         record.waiting[name] = Waiting(config, fitted, record.moves)
         return
     refuse_in_fit(record)
-    drop_gradients(record, slots)
-    _put_in_use(((module, fitted.get(module.slot)) for module in slots), in_place=not record.lent)
+    _put_in_use(record, [(module, fitted.get(module.slot)) for module in slots], in_place=not record.lent)
     record.config = config
 
 
@@ -268,30 +266,18 @@ def refuse_in_fit(record: AdapterRecord) -> None:
         )
 
 
-def drop_gradients(record: AdapterRecord, slots: Collection[AdapterModule]) -> None:
-    """Forget the gradients of the adapter in use, with a notice: an optimizer may know its parameters."""
-    if record.lent or not any(module.has_gradients() for module in slots):
-        return
-    for module in slots:
-        module.drop_gradients()
-    warnings.warn(
-        f"adapter {record.name!r} goes out of use and its gradients are dropped; an optimizer that trained it "
-        "holds its moments for these parameters: build a new one to train another adapter",
-        Notice,
-        stacklevel=4,
-    )
-
-
 def _exchange(record: AdapterRecord, slots: list[AdapterModule], name: str, in_place: bool) -> None:
     incoming = record.waiting[name]
     # All that can fail comes first: where the model has moved, tensors follow.
-    outgoing = _put_in_use([(m, _fitted(m, incoming, record)) for m in slots], in_place)
+    outgoing = _put_in_use(record, [(m, _fitted(m, incoming, record)) for m in slots], in_place)
     del record.waiting[name]
     record.waiting[record.name] = Waiting(record.config, outgoing, record.moves)
     record.name, record.config = name, incoming.config
 
 
-def _put_in_use(parts: Iterable[tuple[AdapterModule, Held | None]], in_place: bool) -> dict[int, Held]:
+def _put_in_use(
+    record: AdapterRecord, parts: Iterable[tuple[AdapterModule, Held | None]], in_place: bool
+) -> dict[int, Held]:
     """Give every module its part; what they had, by slot."""
     outgoing: dict[int, Held] = {}
     changed: list[Tensor] = []
@@ -305,6 +291,16 @@ def _put_in_use(parts: Iterable[tuple[AdapterModule, Held | None]], in_place: bo
         if former is not None:
             outgoing[module.slot] = former
     torch.autograd.graph.increment_version(changed)  # a graph that saved the former values must not use these
+    stale = [parameter for parameter in changed if parameter.grad is not None]
+    for parameter in stale:
+        parameter.grad = None
+    if stale:
+        warnings.warn(
+            f"adapter {record.name!r} went out of use and its gradients were dropped; an optimizer that trained it "
+            "holds its moments for these parameters: build a new one to train another adapter",
+            Notice,
+            stacklevel=4,
+        )
     return outgoing
 
 

@@ -130,15 +130,6 @@ class AdapterModule(nn.Module):
         """Whether the tensors here are of this process alone."""
         return not any(is_sharded(tensor) for tensor in self.objects().values())
 
-    def drop_gradients(self) -> None:
-        """Forget the gradients of the adapter in use."""
-        for name in self.trained_names():
-            self.live(name).grad = None
-
-    def has_gradients(self) -> bool:
-        """Whether a backward has come by since the last optimizer step."""
-        return any(self.live(name).grad is not None for name in self.trained_names())
-
     def live(self, name: str) -> Tensor:
         """The parameter or buffer of this name inside the module."""
         parent, _, own = name.rpartition(".")

@@ -209,11 +209,6 @@ class LoRALinear(AdapterModule):
         """See `AdapterModule.is_plain`."""
         return type(self._factors()[0]) is nn.Parameter
 
-    def has_gradients(self) -> bool:
-        """See `AdapterModule.has_gradients`."""
-        A, B = self._factors()
-        return A.grad is not None or B.grad is not None
-
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B, without the search for an attribute of a module."""
         parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]

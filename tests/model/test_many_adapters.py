@@ -168,7 +168,7 @@ def test_training_moves_the_adapter_in_use_alone(many: tuple[nn.Module, dict[str
     trained = logits(model)
     assert not torch.allclose(trained, wanted["patterns"], atol=1e-3)
     (said,) = notices(lambda: set_adapter(model, "head"))
-    assert "adapter 'patterns' goes out of use and its gradients are dropped" in said
+    assert "adapter 'patterns' went out of use and its gradients were dropped" in said
     assert all(p.grad is None for p in model.parameters())
     for name in ADAPTERS:
         assert notices(lambda name=name: set_adapter(model, name)) == []
