@@ -29,6 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO
+from lightning_lora.strategies.ddp import ReplicatedBaseMixin
 from lightning_lora.strategies.registry import attach, register_strategies
 from tests.helpers import LM, TinyNet, loader, make_trainer
 
@@ -104,6 +105,23 @@ def test_an_unknown_strategy_gives_a_notice_and_plain_behaviour(tmp_path: Path) 
     with pytest.warns(Notice, match="does not know"):
         again.fit(LM(TinyNet()), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert again.global_step == 6
+
+
+def test_a_class_that_begins_with_no_strategy_is_refused() -> None:
+    class Mixin:
+        """Of the user's."""
+
+    class Mine(Mixin, DDPStrategy):
+        """Of the user's too."""
+
+    text = r"`Mine` begins with `Mixin`, which is no strategy.*write `class Mine\(ReplicatedBaseMixin, ...\)`, from"
+    with pytest.raises(UnsupportedError, match=text):
+        attach(Mine())
+
+    class Written(ReplicatedBaseMixin, Mixin, DDPStrategy):
+        """As the message says."""
+
+    attach(Written())
 
 
 def test_spawn_is_refused() -> None:

@@ -59,7 +59,7 @@ def attach(strategy: Strategy) -> None:
 
     Raises:
         UnsupportedError: The strategy launches by ``spawn`` or ``fork``: the adapters would not come back from
-            the processes it starts.
+            the processes it starts. Or its class begins with a base that is no strategy, and cannot be changed.
     """
     kind = type(strategy)
     if getattr(strategy.launcher, "_start_method", None) is not None:  # no public way to tell the launchers apart
@@ -80,7 +80,14 @@ def attach(strategy: Strategy) -> None:
             stacklevel=2,
         )
         return
-    strategy.__class__ = type(f"Adapter{kind.__name__}", (mixin, kind), {})
+    try:
+        strategy.__class__ = type(f"Adapter{kind.__name__}", (mixin, kind), {})
+    except TypeError as error:  # Python compares the first bases
+        raise UnsupportedError(
+            f"`{kind.__name__}` begins with `{kind.__bases__[0].__name__}`, which is no strategy, so that it cannot be "
+            f"given what keeps checkpoints to adapters: write `class {kind.__name__}({mixin.__name__}, ...)`, from "
+            f"`{mixin.__module__}`"
+        ) from error
 
 
 def whole_module(trainer: Trainer, base: bool = False) -> Module | None:
