@@ -23,6 +23,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": (),
     "rng": (),
+    "ranks": (),
     "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
     "model": (
         *(
@@ -68,12 +69,12 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge_disk",
     ),
     "forgetting": (
-        *("statistics", "ranks", "bank", "sources", "catalogue", "tasks"),
+        *("statistics", "bank", "sources", "catalogue", "tasks"),
         *("encoding", "forward", "scoring", "monitor"),
     ),
     "reporting": ("forgetting",),
     "strategies": (
-        *("checkpoint_io", "together", "unfinished", "state", "sharded"),
+        *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),

@@ -14,13 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, Notice, UnsupportedError
+from lightning_lora.errors import ConfigError, Notice, TaskError, UnsupportedError
 from lightning_lora.forgetting.encoding import name_tokenizer
 from lightning_lora.forgetting.monitor import Monitor, Report, check_levels
-from lightning_lora.forgetting.ranks import from_rank_zero, rank_and_world, together
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
 from lightning_lora.model.apply import is_adapted
+from lightning_lora.ranks import from_rank_zero, rank_and_world, together
 
 _ACTIONS = ("warn", "stop")
 _LATER = ("rollback", "scale")
@@ -161,7 +161,7 @@ class ForgettingMonitor(Callback):
         name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
         if self._loaded is None:
             self._loaded = self._load(trainer.local_rank)
-        with together("making ready to score"):
+        with together("make ready to score", TaskError):
             self._scorer = Scorer(
                 pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
             )
@@ -245,10 +245,10 @@ class ForgettingMonitor(Callback):
         rank_zero_info(f"ForgettingMonitor loads {len(self.tasks)} task(s): {', '.join(map(_name, self.tasks))}")
         loaded: dict[str, LoadedTask] | None = None
         if rank_and_world()[1] > 1:
-            with together("loading tasks"):
+            with together("load tasks", TaskError):
                 if local_rank == 0:
                     loaded = load_tasks(self.tasks, self.num_fewshot, self.include_path)
-        with together("loading tasks"):
+        with together("load tasks", TaskError):
             loaded = loaded or load_tasks(self.tasks, self.num_fewshot, self.include_path)
         return loaded
 
@@ -278,7 +278,7 @@ class ForgettingMonitor(Callback):
         if self._scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         take, left = (monitor.verdict, 0) if verdict else (monitor.look, self.looks_left(trainer))
-        with together("looking at forgetting"):
+        with together("look at forgetting", TaskError):
             report = take(self._scorer, trainer.global_step, None if left is None else left + 1)
         rank_zero_info(report.summary())
         for logger in trainer.loggers:

@@ -22,10 +22,10 @@ from torch import nn
 from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting import statistics
 from lightning_lora.forgetting.bank import ItemBank
-from lightning_lora.forgetting.ranks import rank_and_world
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
 from lightning_lora.model.apply import adapter_modules, disable_adapters
+from lightning_lora.ranks import rank_and_world
 
 log = logging.getLogger(__name__)
 

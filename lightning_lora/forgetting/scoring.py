@@ -22,9 +22,9 @@ from torch import nn
 from lightning_lora.errors import ConfigError, TaskError
 from lightning_lora.forgetting.encoding import Encoder, find_tokenizer, longest_input
 from lightning_lora.forgetting.forward import find_forward
-from lightning_lora.forgetting.ranks import gather, rank_and_world, together
 from lightning_lora.forgetting.tasks import LoadedTask, without_bars
 from lightning_lora.model.inner import hf_models
+from lightning_lora.ranks import gather, rank_and_world, together
 from lightning_lora.rng import preserve_rng
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -154,7 +154,7 @@ class Scorer:
         batches = make_batches(list(uses), self.batch_tokens)
         rank, world = rank_and_world()
         own: dict[int, tuple[float, bool]] = {}
-        with together("computing log-likelihoods"):
+        with together("compute log-likelihoods", TaskError):
             for turn in range(-(-len(batches) // world)):
                 number = turn * world + rank
                 rows = batches[min(number, len(batches) - 1)]

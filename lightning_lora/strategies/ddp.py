@@ -8,9 +8,6 @@ and `modules_to_save` start equal on all ranks, as without LoRA. The base is com
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -20,6 +17,7 @@ from lightning_lora.errors import BaseMismatchError
 from lightning_lora.model.apply import adapter_modules, adapter_record
 from lightning_lora.model.fingerprint import digest
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.ranks import gather
 from lightning_lora.strategies.state import AdapterStateMixin
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where torch looks for the names
@@ -96,8 +94,7 @@ def compare_ranks(values: list[str | None]) -> None:
     Raises:
         BaseMismatchError: On every rank, naming those that differ from rank 0.
     """
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, values)
+    everyone = gather(values)
     differing = [str(rank) for rank, found in enumerate(everyone) if found != everyone[0]]
     if differing:
         raise BaseMismatchError(

@@ -25,6 +25,7 @@ from lightning_lora.model.inner import clean_name
 from lightning_lora.model.sharding import check_plan, plan_blocks, without_units
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
+from lightning_lora.ranks import gather
 from lightning_lora.strategies.ddp import compare_bases
 from lightning_lora.strategies.sharded import ShardedStateMixin
 
@@ -91,7 +92,7 @@ class FSDPStateMixin(ShardedStateMixin):
             # A process that holds nothing of a parameter has no gradient for it either, and no state.
             values = state["state"].get(number, {})
             held = {key: None if _is_part(value, parameter) else value for key, value in values.items()}
-            told = self._gather((parameter.numel(), held))
+            told = gather((parameter.numel(), held))
             sizes = [size for size, _ in told]
             each = dict(next((found for _, found in told if found), {}))
             for key in [key for key, value in each.items() if value is None]:
@@ -107,7 +108,7 @@ class FSDPStateMixin(ShardedStateMixin):
             parts = {}
             for number, values in state["state"].items():
                 name, parameter = names[int(number)]
-                before = sum(self._gather(parameter.numel())[: self.global_rank])
+                before = sum(gather(parameter.numel())[: self.global_rank])
                 own = slice(before, before + parameter.numel())
                 parts[number] = {
                     key: value.reshape(-1)[own].clone()

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lora.errors import CheckpointError, UnsupportedError
+from lightning_lora.errors import CheckpointError, UnsupportedError, WriteError
 from lightning_lora.io.atomic import atomic_folder, remove_folder
 from lightning_lora.io.distributed import is_distributed, write_distributed
 from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.sharding import gathered, is_sharded_model
 from lightning_lora.nn.sharded import is_sharded, piece, whole
+from lightning_lora.ranks import together
 from lightning_lora.strategies.state import AdapterStateMixin
-from lightning_lora.strategies.together import together
 
 
 class ShardedStateMixin(AdapterStateMixin):
@@ -89,13 +89,13 @@ class ShardedStateMixin(AdapterStateMixin):
         what = f"save {path}"
         with ExitStack() as stack:
             part = path
-            with together(self.world_size, what):
+            with together(what, WriteError):
                 if self.is_global_zero:
                     part = stack.enter_context(atomic_folder(path, over_file=True))
             part = self.broadcast(part)
-            with together(self.world_size, what):
+            with together(what, WriteError):
                 write(part)
-            with together(self.world_size, what):
+            with together(what, WriteError):
                 stack.close()  # the first process's folder takes its name
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:

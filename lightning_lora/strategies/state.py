@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.errors import CheckpointError, Notice
+from lightning_lora.errors import CheckpointError, Notice, WriteError
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
 from lightning_lora.io.checkpoint_file import unmapped
 from lightning_lora.io.distributed import is_distributed, read_distributed
@@ -32,9 +32,9 @@ from lightning_lora.io.resumable import resumable
 from lightning_lora.model.apply import adapter_state_dict, is_adapted, refuse_merged
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import fitting_state, held_by
+from lightning_lora.ranks import gather, together
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
-from lightning_lora.strategies.together import together
 from lightning_lora.strategies.unfinished import Unfinished, gradients, is_accumulating, put_back
 
 
@@ -129,17 +129,17 @@ class AdapterStateMixin(Strategy):
             clean: checkpoint["state_dict"][name] for name, clean in names.items() if clean in own
         }
         self._leave_modules_out(checkpoint)
-        with together(self.world_size, f"save {os.fspath(filepath)}"):
+        with together(f"save {os.fspath(filepath)}", WriteError):
             if "optimizer_states" in checkpoint:  # not in weights-only checkpoints
                 entry["rng"] = self._gather_random_states()
                 if self._ended_at is not None:  # the loader has forgotten its place by now
                     checkpoint["loops"]["fit_loop"] = self._ended_at
                 if self.world_size > 1:
                     loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-                    entry["loaders"] = self._gather(loader)
+                    entry["loaders"] = gather(loader)
                 entry |= self._unfinished.state(self._trainer, checkpoint["loops"]["fit_loop"])
                 if self.whole_gradients and self._accumulating(checkpoint):
-                    entry["gradients"] = self._gather(gradients(module))
+                    entry["gradients"] = gather(gradients(module))
             checkpoint[KEY] = entry
             self._write(checkpoint, filepath, storage_options)
 
@@ -311,15 +311,7 @@ class AdapterStateMixin(Strategy):
         """The run's random state on each process."""
         if self._run_state is None or (self._ended_at is None and not self._in_fit_validation()):
             self._run_state = RNGState.capture().to_dict()
-        return self._gather(self._run_state)
-
-    def _gather(self, value: Any) -> list[Any]:
-        """Each process's value, in order of ranks."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return gather(self._run_state)
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:

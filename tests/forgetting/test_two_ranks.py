@@ -66,10 +66,10 @@ def test_two_ranks_give_the_numbers_of_one_with_half_the_forwards(
 @pytest.mark.slow
 def test_a_failure_on_one_rank_stops_both(ranks: list[dict[str, Any]]) -> None:
     middle, early = zip(*(found["failing_look"] for found in ranks), strict=True)
-    assert middle[0].startswith("TaskError: Rank 1 failed while computing log-likelihoods")
+    assert middle[0].startswith("TaskError: rank 1 failed to compute log-likelihoods")
     assert "rank 1 is out of memory" in middle[0]
     assert middle[1] == "RuntimeError: rank 1 is out of memory"
-    assert early[0].startswith("TaskError: Rank 1 failed while")
+    assert early[0].startswith("TaskError: rank 1 failed to")
     assert early[1].startswith("AttributeError")
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_lora.callbacks.lora import LoRA
+from lightning_lora.errors import TaskError
 from lightning_lora.forgetting.monitor import Monitor
-from lightning_lora.forgetting.ranks import together
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import load_tasks
+from lightning_lora.ranks import together
 from tests.forgetting import tiny
 
 
@@ -54,7 +55,7 @@ def failing_look(rank: int, folder: Path) -> Any:
         if early and rank == 1:
             scorer.encoder.tokenizer = None
         try:
-            with together("looking"):
+            with together("look", TaskError):
                 Monitor(tasks, items_per_look=20).look(scorer, step=1)
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")

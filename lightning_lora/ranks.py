@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks: how processes that train together also look, agree and fail together."""
+"""Ranks: how processes that train together also save, look, agree and fail together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-
-from lightning_lora.errors import TaskError
 
 T = TypeVar("T")
 
@@ -51,16 +49,19 @@ def from_rank_zero(value: T) -> T:
 
 
 @contextmanager
-def together(doing: str) -> Iterator[None]:
+def together(what: str, kind: type[Exception]) -> Iterator[None]:
     """A block that fails on every rank when it fails on one, so that nobody waits for a rank that is gone.
 
-    Blocks may be nested: an error that every rank has heard of passes the outer block without another word.
+    Every rank enters and leaves it. Blocks may be nested: an error that every rank has heard of passes the outer
+    block without another word. A rank that is killed inside the block closes its connections, by which the others'
+    wait ends.
 
     Args:
-        doing: what the block does, for the message on the ranks that had no error of their own.
+        what: What the block does, for the text of the error: "save run.ckpt".
+        kind: The error on the ranks that had none of their own.
 
     Raises:
-        TaskError: on the ranks whose own block went well. The others raise their own error.
+        Exception: Of that kind, where another rank failed or is gone. A rank that failed itself raises its own error.
     """
     own: Exception | None = None
     try:
@@ -69,11 +70,16 @@ def together(doing: str) -> Iterator[None]:
         if getattr(error, _HEARD, False):
             raise
         own = error
-    said = gather(None if own is None else f"{type(own).__name__}: {own}")
+    try:
+        said = gather(None if own is None else f"{type(own).__name__}: {own}")
+    except RuntimeError as broken:
+        raise kind(
+            f"another rank ended while this one was to {what}: start all of them again from the newest checkpoint"
+        ) from (own or broken)
     failed = {rank: text for rank, text in enumerate(said) if text is not None}
     if own is None and failed:
         rank, text = next(iter(failed.items()))
-        own = TaskError(f"Rank {rank} failed while {doing}, so every rank stops. Its error: {text}")
+        own = kind(f"rank {rank} failed to {what}, and so all stop: {text}")
     if own is not None:
         setattr(own, _HEARD, True)
         raise own
