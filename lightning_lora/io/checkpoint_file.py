@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.io.atomic import atomic_write
-from lightning_lora.io.integrity import check_digests, digests
+from lightning_lora.io.integrity import check_digests, check_names, digests
 
 KEY = "lightning_lora"
 
 _DIGESTS = "digests"
+_LATER = ("state_dict", "optimizer_states")  # large: compared when they are used
 _TENSOR = re.compile(r"[^/]+/data/\d+")  # a zip record that holds the values of tensors
 _SMALL = 65536  # bytes; what is smaller is copied out of the file
 _EARLIER = "Take an earlier checkpoint, or the adapter folder beside it"
@@ -49,12 +50,47 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
         torch.save(checkpoint, file)
 
 
+class Pending:
+    """Tensors of an opened file that are compared with their digests when they are used.
+
+    Args:
+        file: Where they are mapped from.
+        tensors: The mapped tensors, by place.
+        expected: Their digests, by place.
+    """
+
+    def __init__(self, file: object, tensors: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+        self.file = file
+        self._tensors, self._expected = dict(tensors), dict(expected)
+
+    def check(self, *keys: str) -> None:
+        """Compare what lies under these entries of the checkpoint, or all that is left; each once.
+
+        Raises:
+            CheckpointError: A tensor is not what was written.
+        """
+        due = [place for place in self._tensors if not keys or place.startswith(tuple(f"[{key!r}]" for key in keys))]
+        tensors = {place: self._tensors.pop(place) for place in due}
+        check_digests({place: self._expected[place] for place in due}, tensors, self.file, _EARLIER)
+
+
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without its pickles; every tensor of one of ours is compared with its digest.
+    """`open_checkpoint`, and every tensor compared at once."""
+    checkpoint, pending = open_checkpoint(path, map_location)
+    pending.check()
+    return checkpoint
+
+
+def open_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> tuple[dict[str, Any], Pending]:
+    """Open a checkpoint without its pickles; its tensors are read when they are used.
 
     Args:
         path: The file.
         map_location: As `torch.load` takes it.
+
+    Returns:
+        The checkpoint; and what is to be checked of ``state_dict`` and ``optimizer_states`` before they are used. All
+        else has been compared.
 
     Raises:
         FileNotFoundError: There is none.
@@ -80,19 +116,27 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         raise CheckpointError(f"{file} is no whole checkpoint file ({_first_line(error)}). {_EARLIER}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{file} holds no `state_dict`: it is no checkpoint of Lightning's. Take another file")
-    verify(checkpoint, file)
-    return tree_map(_copied_if_small, checkpoint)
+    pending = verify(checkpoint, file)
+    others = {key: value for key, value in checkpoint.items() if key not in _LATER}
+    return {**checkpoint, **tree_map(_copied_if_small, others)}, pending
 
 
-def verify(checkpoint: Mapping[str, Any], file: object) -> None:
-    """Compare every tensor with its digest, where there are any, and refuse paths that lead out of their folder.
+def verify(checkpoint: Mapping[str, Any], file: object) -> Pending:
+    """Compare tensors with their digests, where there are any, and refuse paths that lead out of their folder.
+
+    Returns:
+        What is left to compare: the large entries.
 
     Raises:
-        CheckpointError: A tensor is not what was written, or a callback's path holds ``..``.
+        CheckpointError: A tensor is not what was written, is missing or too many, or a callback's path holds ``..``.
     """
     entry = checkpoint.get(KEY)
+    pending = Pending(file, {}, {})
     if isinstance(entry, Mapping) and _DIGESTS in entry:
-        check_digests(entry[_DIGESTS], dict(_tensors(checkpoint)), file, _EARLIER)
+        tensors = dict(_tensors(checkpoint))
+        check_names(entry[_DIGESTS], tensors, file, _EARLIER)
+        pending = Pending(file, tensors, entry[_DIGESTS])
+        pending.check(*(key for key in checkpoint if key not in _LATER))
     for name, state in (checkpoint.get("callbacks") or {}).items():
         for leaf in _texts(state):
             if ".." in PurePosixPath(leaf).parts:  # a ModelCheckpoint removes what its state names
@@ -100,6 +144,7 @@ def verify(checkpoint: Mapping[str, Any], file: object) -> None:
                     f"{file}: the state of {name!r} names {leaf!r}, which leads out of its folder: no run writes that. "
                     "Take a checkpoint that you trust"
                 )
+    return pending
 
 
 def unmapped(checkpoint: Mapping[str, Any], key: str, device: torch.device) -> Mapping[str, Any]:
@@ -109,11 +154,17 @@ def unmapped(checkpoint: Mapping[str, Any], key: str, device: torch.device) -> M
     return {**checkpoint, key: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, checkpoint[key])}
 
 
-def _tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor with its place, as ``['state_dict']['net.first.adapter.lora_A']``."""
-    for place, leaf in tree_flatten_with_path(dict(checkpoint))[0]:
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            yield keystr(place), leaf
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{place}[{index}]")
 
 
 def _texts(state: Any) -> Iterator[str]:

@@ -49,6 +49,26 @@ def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: tensor_digest(tensor) for name, tensor in tensors}
 
 
+def check_names(expected: Mapping[str, str], found: Mapping[str, Any], file: object, remedy: str) -> None:
+    """See that the tensors of these names, and no others, were read.
+
+    Args:
+        expected: Digests by name.
+        found: What was read, by name.
+        file: Where from.
+        remedy: What the text says to do.
+
+    Raises:
+        CheckpointError: One is missing, or one is too many.
+    """
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())
+        raise CheckpointError(
+            f"{file} does not hold the tensors it was written with: {odd[0]!r} "
+            f"{'is missing' if odd[0] in expected else 'was added'}, {len(odd)} differ in all. {remedy}"
+        )
+
+
 def check_digests(expected: Mapping[str, str], tensors: Mapping[str, Tensor], file: object, remedy: str) -> None:
     """See that tensors are those that were written.
 
@@ -61,12 +81,7 @@ def check_digests(expected: Mapping[str, str], tensors: Mapping[str, Tensor], fi
     Raises:
         CheckpointError: One is missing, one is too many, or values differ.
     """
-    if expected.keys() != tensors.keys():
-        odd = sorted(expected.keys() ^ tensors.keys())
-        raise CheckpointError(
-            f"{file} does not hold the tensors it was written with: {odd[0]!r} "
-            f"{'is missing' if odd[0] in expected else 'was added'}, {len(odd)} differ in all. {remedy}"
-        )
+    check_names(expected, tensors, file, remedy)
     broken = [name for name, tensor in tensors.items() if tensor_digest(tensor) != expected[name]]
     if broken:
         raise CheckpointError(

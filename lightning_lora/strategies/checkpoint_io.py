@@ -16,7 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lightning_lora.errors import Notice, UnsupportedError
-from lightning_lora.io.checkpoint_file import read_checkpoint, verify, write_checkpoint
+from lightning_lora.io.checkpoint_file import Pending, open_checkpoint, verify, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -55,16 +55,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; every tensor is compared with its digest, and no pickle is run."""
+        checkpoint, pending = self.open_checkpoint(path, map_location, weights_only)
+        pending.check()
+        return checkpoint
+
+    def open_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> tuple[dict[str, Any], Pending]:
+        """The same, with what is to be compared before adapters and optimizers are used."""
         if weights_only is False:
             raise UnsupportedError(
                 f"`weights_only=False` for {os.fspath(path)}: pickles are not loaded, they run what they are told to. "
                 "Leave it out, and name classes of your own in `torch.serialization.add_safe_globals`"
             )
         if "://" not in os.fspath(path):
-            return read_checkpoint(path, map_location)
+            return open_checkpoint(path, map_location)
         checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
-        verify(checkpoint, path)
-        return checkpoint
+        return checkpoint, verify(checkpoint, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file as soon as every save before is done."""

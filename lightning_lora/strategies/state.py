@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import CheckpointError, Notice, WriteError
 from lightning_lora.io.checkpoint import KEY, load_state, metadata
-from lightning_lora.io.checkpoint_file import unmapped
+from lightning_lora.io.checkpoint_file import Pending, unmapped
 from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.io.resumable import resumable
@@ -60,6 +60,7 @@ class AdapterStateMixin(Strategy):
     _run_state: dict[str, Any] | None = None  # random state of the run, while something else may draw
     _ended_at: dict[str, Any] | None = None  # the loops' state at the end of training
     _said_modules = False
+    _pending: Pending | None = None  # what is left to compare of the checkpoint that was read
     _read_from = "the checkpoint"  # for the texts of errors
 
     @property
@@ -88,6 +89,7 @@ class AdapterStateMixin(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapters; every one of them must be in the checkpoint and fit."""
         module = self._converted_module()
+        self._compare("state_dict")
         load_state(module, checkpoint, strict=strict, file=self._read_from)
         if "current_model_state" in checkpoint and isinstance(checkpoint, dict):
             # Lightning's weight averaging goes on to load two whole states from here.
@@ -145,6 +147,7 @@ class AdapterStateMixin(Strategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and tell its place in the epoch as Lightning resumes it rightly."""
+        self._pending = None
         checkpoint = self._read(checkpoint_path, weights_only)
         self._read_from = os.fspath(checkpoint_path)
         if "fit_loop" in checkpoint.get("loops", {}):
@@ -160,6 +163,7 @@ class AdapterStateMixin(Strategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Lightning calls this when training resumes, and only then; so the random state is taken here."""
+        self._compare("optimizer_states")
         self._load_optimizers(checkpoint)
         entry = checkpoint.get(KEY) or {}
         if "rng" not in entry:
@@ -258,7 +262,18 @@ class AdapterStateMixin(Strategy):
         """A checkpoint of one file, or of shards that any number of processes wrote."""
         if is_distributed(path):
             return read_distributed(path, self._shard_like, optimizers=self._trainer.state.fn == TrainerFn.FITTING)
-        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        writer = self.checkpoint_io
+        if isinstance(writer, AsyncCheckpointIO):
+            writer = writer.checkpoint_io or writer
+        if not isinstance(writer, AtomicCheckpointIO):
+            return writer.load_checkpoint(path, weights_only=weights_only)
+        checkpoint, self._pending = writer.open_checkpoint(path, weights_only=weights_only)
+        return checkpoint
+
+    def _compare(self, entry: str) -> None:
+        """See that what is about to be used of a checkpoint is what was written."""
+        if self._pending is not None:
+            self._pending.check(entry)
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         checkpoint = unmapped(checkpoint, "optimizer_states", self.root_device)
