@@ -29,9 +29,11 @@ from lightning_lora.io.merged_folder import Inputs, check_target, compare_folder
 from lightning_lora.io.names import adapter_root
 from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
+from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.first_inputs import FirstInputs
 from lightning_lora.model.inner import is_hf_model
 from lightning_lora.nn.quantized import PackedWeight
+from lightning_lora.strategies.ddp import frozen_base
 from lightning_lora.strategies.registry import whole_module
 
 BATCHES = 3  # of validation, on which live and merged model are compared
@@ -62,10 +64,11 @@ class MergeOnFitEnd(Callback):
             (see `merge_to_disk`). With a packed base that is another model than the one that was trained: the
             difference is reported, and no limit is set.
         dtype: Of the written weights: "auto" (the base's own), "fp32", "bf16" or "fp16".
+        max_shard_size: Bytes of a file of a transformers model, or a text such as "5GB".
 
     Raises:
         ConfigError: An argument has no such value, the model has no adapters, or (at fit start) the base's folder
-            is not known.
+            is not known, or is `dirpath`.
         MergeError: The folder holds something else (at fit start), or the merged model differs too much.
     """
 
@@ -75,6 +78,7 @@ class MergeOnFitEnd(Callback):
         weights: Literal["last", "best"] = "last",
         base: Literal["dequantized", "original"] = "dequantized",
         dtype: DTypeName = "auto",
+        max_shard_size: int | str = "5GB",
     ) -> None:
         super().__init__()
         if weights not in ("last", "best"):
@@ -84,7 +88,8 @@ class MergeOnFitEnd(Callback):
         if dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f'`dtype` must be "auto", "fp32", "bf16" or "fp16", got {dtype!r}')
         self.dirpath = Path(os.path.abspath(os.path.expanduser(dirpath)))
-        self.weights, self.base, self.dtype = weights, base, dtype
+        self.weights, self.base, self.dtype, self.max_shard_size = weights, base, dtype, max_shard_size
+        self._base_at_start, self._base_unchanged = "", True
         self.report: MergeReport | None = None
         self._training = FirstInputs(training=True)
         self._validation: list[FirstInputs] = []
@@ -101,8 +106,19 @@ class MergeOnFitEnd(Callback):
             raise ConfigError("MergeOnFitEnd: the model has no adapters; add the `LoRA` callback")
         if self.weights == "best" and not _checkpoints(trainer):
             raise ConfigError('`weights="best"` needs a checkpoint callback; add AdapterCheckpoint(monitor=...)')
-        if self.base == "original":
-            _base_folder(pl_module)
+        folder = _base_folder(pl_module)
+        if folder is None and self.base == "original":
+            raise ConfigError(
+                '`base="original"` adds the update to the files of the base: load it with `from_pretrained(folder)` '
+                f"from a folder of this machine (known is {_base_name(pl_module)!r}), or merge later with "
+                "`merge_to_disk`"
+            )
+        if folder is not None and folder.resolve() == self.dirpath.resolve():
+            raise ConfigError(
+                f"`dirpath` {str(self.dirpath)!r} is the folder that the base was loaded from, and every checkpoint of "
+                "this run needs that base: choose another folder"
+            )
+        self._base_at_start = _state_of_base(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first batch."""
@@ -135,6 +151,7 @@ class MergeOnFitEnd(Callback):
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("MergeOnFitEnd: no merged model is written with `fast_dev_run`")
             return
+        self._base_unchanged = _state_of_base(pl_module) == self._base_at_start
         whole = whole_module(trainer, base=True)
         _on_first_process(trainer, lambda: self._write(trainer, whole or pl_module))
 
@@ -153,24 +170,29 @@ class MergeOnFitEnd(Callback):
         with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
             notes: dict[str, Any] = {"weights": self.weights, "base": self.base, "checkpoint": source}
             tokenizer = _find_tokenizer(pl_module, trainer)
-            self.report = self._write_streamed(pl_module, tokenizer, notes)
+            bar = trainer.progress_bar_callback is not None
+            self.report = self._write_streamed(pl_module, tokenizer, notes, bar)
             if self.report is None:
-                self.report = write_merged(pl_module, self.dirpath, self.dtype, self._inputs(), tokenizer, notes)
+                self.report = write_merged(
+                    pl_module, self.dirpath, self.dtype, self._inputs(), tokenizer, notes, self.max_shard_size
+                )
         rank_zero_info(f"MergeOnFitEnd: {self.dirpath}: {self.report}")
 
-    def _write_streamed(self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any]) -> MergeReport | None:
+    def _write_streamed(
+        self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any], bar: bool
+    ) -> MergeReport | None:
         """Tensor by tensor over the files of the base; None where these are not what was trained over."""
         original = self.base == "original"
-        folder = _base_folder(pl_module) if original else _same_base(pl_module)
-        if folder is None:
+        folder = _base_folder(pl_module)
+        if folder is None or not (original or (self._base_unchanged and _is_of_one_dtype(pl_module, folder))):
             return None
         try:
             with tempfile.TemporaryDirectory() as scratch, atomic_folder(self.dirpath) as part:
                 adapter = Path(scratch) / "adapter"
                 save_adapter(pl_module, adapter)
-                report = merge_to_disk(folder, adapter, part, base=self.base, dtype=self.dtype, progress=False)
+                report = merge_to_disk(folder, adapter, part, self.base, self.dtype, self.max_shard_size, bar)
                 compare_folder(pl_module, part, report, self._inputs(), tokenizer, notes, limited=not original)
-        except (BaseMismatchError, CheckpointError, MergeError, UnsupportedError) as error:
+        except (BaseMismatchError, CheckpointError, ConfigError, MergeError, UnsupportedError) as error:
             if original:
                 raise
             rank_zero_info(f"MergeOnFitEnd: merging from the live model, not from the base's files: {error}")
@@ -223,38 +245,35 @@ def _best_weights(trainer: pl.Trainer, pl_module: nn.Module) -> Iterator[str]:
             module.strength = strength
 
 
-def _base_folder(pl_module: nn.Module) -> Path:
-    """The folder that the base was loaded from.
-
-    Raises:
-        ConfigError: It is not known, or none.
-    """
+def _base_name(pl_module: nn.Module) -> str | None:
+    """What transformers loaded the base by."""
     _, root = adapter_root(pl_module)
-    name = getattr(getattr(root, "config", None), "_name_or_path", None)
-    if not name or not is_hf_model(root) or not Path(name).is_dir():
-        raise ConfigError(
-            '`base="original"` adds the update to the files of the base: load it with `from_pretrained(folder)` from a '
-            f"folder of this machine (known is {name!r}), or merge later with `merge_to_disk`"
-        )
-    return Path(name)
+    return getattr(root.config, "_name_or_path", None) if is_hf_model(root) else None
 
 
-def _same_base(pl_module: nn.Module) -> Path | None:
-    """The folder that the base was loaded from, if its tensors are of the dtype that the live ones have."""
+def _base_folder(pl_module: nn.Module) -> Path | None:
+    """The folder that the base was loaded from, where it is known and on this machine."""
+    name = _base_name(pl_module)
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _is_of_one_dtype(pl_module: nn.Module, folder: Path) -> bool:
+    """Whether the live base's tensors have the dtype of the files: a cast one is merged as it is."""
     _, root = adapter_root(pl_module)
-    name = getattr(getattr(root, "config", None), "_name_or_path", None)
-    if not name or not is_hf_model(root) or not Path(name).is_dir():
-        return None
-    live = {m.source_dtype for m in root.modules() if isinstance(m, PackedWeight)}
-    packed = {id(p) for m in root.modules() if isinstance(m, PackedWeight) for p in m.parameters()}
-    frozen = [p for p in root.parameters() if not p.requires_grad and id(p) not in packed]
-    live |= {p.dtype for p in frozen if p.is_floating_point()}
+    packed = [m for m in root.modules() if isinstance(m, PackedWeight)]
+    inside = {id(p) for m in packed for p in m.parameters()}
+    frozen = [p for p in root.parameters() if not p.requires_grad and id(p) not in inside]
+    live = {m.source_dtype for m in packed} | {p.dtype for p in frozen if p.is_floating_point()}
     try:
-        with TensorFolder(Path(name)) as folder:
-            stored = {entry.dtype for entry in folder.entries.values() if entry.dtype.is_floating_point}
+        with TensorFolder(folder) as files:
+            return live == {entry.dtype for entry in files.entries.values() if entry.dtype.is_floating_point}
     except CheckpointError:  # no safetensors
-        return None
-    return Path(name) if live == stored else None
+        return False
+
+
+def _state_of_base(pl_module: nn.Module) -> str:
+    """A digest of sampled values of what is frozen, of this process's shards where it is sharded."""
+    return digest(getattr(t, "to_local", lambda t=t: t)() for t in frozen_base(pl_module).values())
 
 
 def _find_tokenizer(pl_module: nn.Module, trainer: pl.Trainer) -> Any:

@@ -68,6 +68,7 @@ def write_merged(
     inputs: Mapping[str, Sequence[Inputs]] | None = None,
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> MergeReport:
     """Write the model that `model` stands for, merged, without changing `model`.
 
@@ -80,6 +81,7 @@ def write_merged(
             that it is called with. Without them a language model gets fixed token ids.
         tokenizer: Saved beside the model; without one, files in the base model's local folder are copied.
         notes: Further entries of ``merge_report.json``.
+        max_shard_size: Bytes of a file of a transformers model, or a text such as "5GB".
 
     Returns:
         The report that was written.
@@ -98,7 +100,7 @@ def write_merged(
         written = Counter(t.dtype for t in tensors.values() if t.is_floating_point()).most_common(1)[0][0]
         report.dtype = str(written).removeprefix("torch.")
         if is_hf_model(root):
-            _write_transformers(root, part, tensors, written)
+            _write_transformers(root, part, tensors, written, max_shard_size)
             _save_tokenizer(root, part, tokenizer)
         else:
             save_file({name: t.clone() for name, t in tensors.items()}, part / STATE, metadata={"format": "pt"})
@@ -177,7 +179,9 @@ def check_target(dir: str | os.PathLike[str], argument: str = "dirpath") -> None
         )
 
 
-def _write_transformers(root: nn.Module, part: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _write_transformers(
+    root: nn.Module, part: Path, tensors: dict[str, Tensor], dtype: torch.dtype, max_shard_size: int | str
+) -> None:
     """``save_pretrained`` of an empty plain model of the same class, with the merged tensors."""
     config: Any = copy.deepcopy(root.config)
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
@@ -194,7 +198,7 @@ def _write_transformers(root: nn.Module, part: Path, tensors: dict[str, Tensor],
     if getattr(root, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(root.generation_config)
     with _quiet():
-        plain.save_pretrained(part, state_dict=tensors, max_shard_size="5GB")  # type: ignore[operator]
+        plain.save_pretrained(part, state_dict=tensors, max_shard_size=max_shard_size)  # type: ignore[operator]
 
 
 def _skeleton(root: nn.Module, config: Any) -> nn.Module:

@@ -45,7 +45,7 @@ class FSDPStateMixin(ShardedStateMixin):
         """Say what will be wrapped; Lightning wraps it in ``setup``.
 
         Raises:
-                UnsupportedError: ``use_orig_params=False``, ``modules_to_save``, or packed weights that mixed precision
+            UnsupportedError: ``use_orig_params=False``, ``modules_to_save``, or packed weights that mixed precision
                 would cast.
             BaseMismatchError: The processes built different bases.
         """
@@ -202,7 +202,7 @@ def _whole(root: nn.Module, units: list[nn.Module] | None, write: bool = False) 
     """Inside, parameters are whole on every process: those of ``units``, or all below ``root``."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    if _is_wrapped(root) and getattr(root, "_is_root", True) is None:
+    if _is_wrapped(root) and getattr(root, "_is_root", True) is None:  # torch has no public word for it
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
             pass  # before the first forward the first unit that is summoned would take itself for the root
     with ExitStack() as stack:

@@ -21,7 +21,6 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError, MergeError, Notice
-from lightning_lora.io.merge_disk import DiskMergeReport
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict, set_adapter_scale
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
@@ -45,9 +44,18 @@ def test_the_folder_is_there_and_the_live_model_goes_on(make: Any, quantize: str
     merge = MergeOnFitEnd(tmp_path / "m")
     checkpoint = AdapterCheckpoint(tmp_path / "a", monitor="train_loss", every_n_train_steps=2)
     model = LM(make())
-    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), checkpoint, merge], max_steps=8)
+    state: dict[str, Tensor] = {}
+
+    class Keeps(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            state.update({name: tensor.clone() for name, tensor in adapter_state_dict(pl_module).items()})
+
+    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), checkpoint, merge, Keeps()], max_steps=8)
     trainer.fit(model, loader())
-    live, state = logits(model), {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    after = adapter_state_dict(model)
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    live = logits(model)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert not any(info.values())
     assert error(logits(loaded), live) < 1e-4
@@ -65,36 +73,6 @@ def test_the_folder_is_there_and_the_live_model_goes_on(make: Any, quantize: str
     again = trainer.test(model, loader(8), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert best == again
     assert plain == pytest.approx(before[0]["val_loss"], rel=1e-6)
-    assert state.keys() == adapter_state_dict(model).keys()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_the_original_base_is_merged_from_its_folder(quantize: str, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="60KB")
-    model = LM(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    merge = MergeOnFitEnd(tmp_path / "m", base="original")
-    trainer = make_trainer(tmp_path, [LoRA(r=4, quantize=quantize), merge], max_steps=8)
-    trainer.fit(model, loader())
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
-    assert not any(info.values())
-    for name, module in adapter_modules(model.net):
-        weight = tiny_llama().get_submodule(name).weight + module.delta_weight()
-        assert error(loaded.get_submodule(name).weight, weight) < 1e-6
-    found = error(logits(loaded), logits(model))
-    assert (found > 1e-3) is (quantize != "none")  # another model than the one that was trained, by q
-    assert merge.report is not None
-    assert merge.report.logit_limit is None
-    assert (merge.report.logit_error > 1e-3) is (quantize != "none")
-    assert bool(merge.report.q_over_dw) is (quantize != "none")
-    written = json.loads((tmp_path / "m" / "merge_report.json").read_text())
-    assert (written["weights"], written["base"], written["checked_on"]) == ("last", "original", "a training batch")
-
-
-def test_the_original_base_needs_its_folder(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [LoRA(r=4), MergeOnFitEnd(tmp_path / "m", base="original")], max_steps=1)
-    with pytest.raises(ConfigError, match=r"load it with `from_pretrained\(folder\)`"):
-        trainer.fit(LM(tiny_llama()), loader())
 
 
 def test_testing_the_best_after_the_merge_gives_the_live_numbers(tmp_path: Path) -> None:
@@ -465,28 +443,3 @@ def test_two_processes_write_one_folder_and_fail_together(tmp_path: Path) -> Non
     assert all((tmp_path / "a" / name / "adapter_config.json").is_file() for name in kept)
     assert "not empty" in (tmp_path / "refused_0.txt").read_text()
     assert "the first process could not" in (tmp_path / "refused_1.txt").read_text()
-
-
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_base_from_a_folder_is_merged_from_its_files(quantize: str, changed: bool, tmp_path: Path) -> None:
-    """Unless the live one has become another since: then from the live one."""
-    from transformers import AutoModelForCausalLM
-
-    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="60KB")
-    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base").train()
-    if changed:
-        net.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
-    module = LM(net)
-    merge = MergeOnFitEnd(tmp_path / "m")
-    make_trainer(tmp_path, [LoRA(r=2, quantize=quantize), merge]).fit(module, loader())  # type: ignore[arg-type]
-    assert merge.report is not None
-    assert isinstance(merge.report, DiskMergeReport) == (not changed)
-    assert merge.report.logit_error < 1e-5
-    assert merge.report.logit_limit == 1e-4
-    shards = len(list((tmp_path / "m").glob("*.safetensors")))
-    assert shards == 1  # `max_shard_size` is of the files to write, not of those that were read
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    ids = torch.arange(12).view(1, -1)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-4, atol=1e-4)
