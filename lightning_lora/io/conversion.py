@@ -9,15 +9,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, Notice, TargetError
+from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, compare_shapes
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.model.inner import clean_name, outermost
 from lightning_lora.model.targets import Targets, find_targets, is_adaptable
 from lightning_lora.nn.linear import linear_shape
+from lightning_lora.nn.sharded import is_sharded
+
+#: Relative difference of a base's weight and its copy that a cast to another dtype explains.
+_CAST_ERROR = 1e-2
 
 
 def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
@@ -40,6 +44,7 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
                 f"{folder.path / CONFIG} has a pattern that is no regular expression: {error}"
             ) from error
     compare_shapes(_shapes_for(modules, adapted, saved, folder), folder.shapes(), folder.path)
+    _compare_copies(modules, folder)
     full = {name: f"{prefix}.{name}" if prefix else name for name in [*adapted, *saved]}
     return fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
 
@@ -118,6 +123,29 @@ def fit(
             config, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
     return config
+
+
+def _compare_copies(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
+    """Compare the base's weights that the folder holds with those of the model, where these are at hand.
+
+    Raises:
+        BaseMismatchError: They are others.
+    """
+    for name, copy in folder.base_copies().items():
+        module, _, own = name.rpartition(".")
+        live = getattr(modules.get(module), own, None)
+        if not isinstance(live, Tensor) or live.is_meta or is_sharded(live):
+            continue
+        same = live.shape == copy.shape
+        if same:
+            found = live.detach().cpu()
+            size, difference = found.float().norm(), (copy.to(found.dtype) - found).float().norm()
+            same = bool(difference <= _CAST_ERROR * size)
+        if not same:
+            raise BaseMismatchError(
+                f"{folder.path} was trained over another {name!r} than the model has: load the base that it was "
+                "trained on, resized as it was there"
+            )
 
 
 def _shapes_for(

@@ -118,13 +118,21 @@ class AdapterFolder:
 
     def _read(self) -> dict[str, Tensor]:
         with self._open() as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            copies = _base_copies(file.keys())
+            return {key: file.get_tensor(key) for key in file.keys() if key not in copies}  # noqa: SIM118 (no mapping)
+
+    def base_copies(self) -> dict[str, Tensor]:
+        """Weights of the base that PEFT writes beside the factors of a head, by their names in the model."""
+        with self._open() as file:
+            return {name: file.get_tensor(key) for key, name in _base_copies(file.keys()).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading them."""
         if self._shapes is None:
             with self._open() as file:
-                self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                copies = _base_copies(file.keys())
+                keys = [key for key in file.keys() if key not in copies]  # noqa: SIM118
+                self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
         return self._shapes
 
     def root(self, model: nn.Module) -> tuple[str, nn.Module]:
@@ -260,6 +268,16 @@ def compare_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str,
                 f"{path}: {key!r} has shape {actual[key]}, the model needs {shape}: another rank or base. "
                 "Convert the model as the folder says"
             )
+
+
+def _base_copies(keys: Iterable[str]) -> dict[str, str]:
+    """By key of a tensor that lies under ``base_layer`` of an adapted module, its name in the plain model."""
+    found, names = {}, set(keys)
+    for key in names:
+        module, part, own = key.rpartition(".base_layer.")
+        if part and f"{module}.lora_A.weight" in names:
+            found[key] = f"{module.removeprefix(PREFIX)}.{own}"
+    return found
 
 
 def near(name: str, names: Iterable[str]) -> str:

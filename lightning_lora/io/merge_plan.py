@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, MergeError, UnsupportedError
 from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.names import parents
 from lightning_lora.io.skeleton import file_keys, skeleton
 from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.io.tied import output_ends, says_tied
@@ -152,7 +153,10 @@ class MergePlan:
 
     def _may_be_added(self, key: str) -> bool:
         """Whether a tensor that was kept in full may be new: a task head that the base never had."""
-        return not any(name.startswith(key.removeprefix(PREFIX).partition(".")[0] + ".") for name in self.base.entries)
+        name = key.removeprefix(PREFIX)
+        if not any(self.adapter.spec.saves(parent) for parent in parents(name)):
+            return False
+        return not any(other.startswith(name.partition(".")[0] + ".") for other in self.base.entries)
 
     def _check_shape(self, name: str, change: Change) -> None:
         if change.source is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -103,6 +103,24 @@ def test_it_is_pefts_merge_in_fp32_rounded_once(make: Any, layout: str, tmp_path
     for name, tensor in merged.items():
         differing = int((tensor != expected[name]).sum())
         assert differing <= (tensor.numel() // 500 if layout == "portable" else 0), name  # s B is rounded in fp32
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [tiny_llama, tied_llama])
+def test_pefts_folder_with_an_adapted_head(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    oracle = get_peft_model(make(), config)
+    torch.manual_seed(0)
+    for name, parameter in oracle.named_parameters():
+        if "lora_B" in name:
+            parameter.data += torch.randn(parameter.shape) * 0.1
+    oracle.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path)
+    assert report.untied is (make is tied_llama)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert error(logits(loaded), logits(oracle)) < 1e-5
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

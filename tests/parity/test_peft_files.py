@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import BaseMismatchError, CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.residents import set_adapter
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama
@@ -38,7 +40,11 @@ def plain_net() -> nn.Module:
     return TinyNet()
 
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "classifier": tiny_classifier, "plain": plain_net}
+def tied_llama() -> nn.Module:
+    return tiny_llama(tie_word_embeddings=True)
+
+
+BASES = {"llama": tiny_llama, "tied": tied_llama, "gpt2": tiny_gpt2, "classifier": tiny_classifier, "plain": plain_net}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama all-linear": ("llama", {}),
@@ -51,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama rslora": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
     "llama lm_head kept": ("llama", {"modules_to_save": ["lm_head"]}),
     "llama embeddings kept": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "llama head adapted": ("llama", {"target_modules": ["q_proj", "lm_head"]}),  # PEFT writes its base weight too
+    "tied head adapted": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
     "gpt2 all-linear": ("gpt2", {}),
     "gpt2 one of two c_proj": ("gpt2", {"target_modules": ["attn.c_proj", "c_attn"]}),
     "gpt2 tied head kept": ("gpt2", {"modules_to_save": ["lm_head"]}),
@@ -112,6 +120,27 @@ def test_we_load_pefts_folder(case: str, wrap: bool, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "again")  # and what we then write, PEFT reads
     again = PeftModel.from_pretrained(BASES[kind](), tmp_path / "again")
     assert_close(logits(again), logits(oracle), plain)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_the_heads_own_weight_in_pefts_folder(kind: str, tmp_path: Path) -> None:
+    oracle = pefts(kind, {"target_modules": ["q_proj", "lm_head"]})
+    oracle.save_pretrained(tmp_path / "p")
+    copied = "base_model.model.lm_head.base_layer.weight"
+    assert copied in load_file(tmp_path / "p" / "adapter_model.safetensors")
+    model = BASES[kind]()
+    load_adapter(model, tmp_path / "p")
+    load_adapter(model, tmp_path / "p")  # into a converted one
+    load_adapter(model, tmp_path / "p", name="other")
+    set_adapter(model, "other")
+    assert_close(logits(model), logits(oracle), logits(BASES[kind]()))
+    load_adapter(BASES[kind]().bfloat16(), tmp_path / "p")  # a cast is no other base
+    for tensor in (torch.ones(61, 32), torch.ones(8, 32)):
+        tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")
+        save_file(tensors | {copied: tensor}, tmp_path / "p" / "adapter_model.safetensors")
+        with pytest.raises(BaseMismatchError, match="over another 'lm_head.weight'"):
+            load_adapter(BASES[kind](), tmp_path / "p")
 
 
 def pefts(kind: str, config: dict[str, Any]) -> PeftModel:
