@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(None if args is None else list(args))
     try:
         found: bool = COMMANDS[chosen.command].run(**_plain(chosen[chosen.command]))
-    except _ours() as error:
+    except _expected() as error:
         print(f"lightning-lora {chosen.command}: error: {error}", file=sys.stderr)  # noqa: T201
         return FAILED
     return FOUND if found else 0
@@ -59,7 +59,7 @@ def _plain(values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.as_dict().items() if key != "config"}
 
 
-def _ours() -> tuple[type[Exception], ...]:
-    """The package's own errors: their text says what to do, a traceback would hide it."""
+def _expected() -> tuple[type[Exception], ...]:
+    """The package's own errors and the system's (a full disk): their text says what is wrong, a traceback hides it."""
     kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    return tuple(kind for kind in kinds if not issubclass(kind, Warning))
+    return (*(kind for kind in kinds if not issubclass(kind, Warning)), OSError)

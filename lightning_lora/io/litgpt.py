@@ -77,10 +77,10 @@ class Update:
     B: Tensor
     factor: int = 1  # how many factors of LitGPT's rank are stacked
 
-    def part(self, rows: Tensor | slice, r: int) -> Update:
-        """The update of some rows, without the stacked factors that do not reach them."""
+    def part(self, rows: Tensor | slice, r: int, own: int = 0) -> Update:
+        """The update of some rows, without the stacked factors that do not reach them; `own` where none does."""
         B = self.B[rows]
-        used = [i for i in range(self.factor) if B[:, i * r : (i + 1) * r].any()] or [0]
+        used = [i for i in range(self.factor) if B[:, i * r : (i + 1) * r].any()] or [own]
         columns = torch.cat([torch.arange(i * r, (i + 1) * r) for i in used])
         return Update(self.A[columns], B[:, columns], len(used))
 
@@ -134,7 +134,7 @@ def convert_litgpt(model: nn.Module, source: Path, out: Path) -> None:
             heads = _heads(source)
             update = _fused(name, A, B, r, enabled, heads, interleaved=own == "attn.attn")
             targets = _targets(name, block, "attn.qkv", modules)
-            updates.update(_distributed(targets, update, heads, r))
+            updates.update(_distributed(targets, update, heads, r, enabled))
             continue
         (target,) = _targets(name, block, own, modules)
         if target.endswith("gate_up_proj"):
@@ -258,12 +258,15 @@ def _fused(name: str, A: Tensor, B: Tensor, r: int, enabled: list[bool], heads: 
     return Update(A, full, count)
 
 
-def _distributed(targets: list[str], update: Update, heads: Heads, r: int) -> dict[str, Update]:
-    """The update of each of the model's layers that q, k and v are in."""
+def _distributed(targets: list[str], update: Update, heads: Heads, r: int, enabled: list[bool]) -> dict[str, Update]:
+    """The update of each of the model's layers that q, k and v are in; those that are adapted alone."""
     if len(targets) == 3:
         parts = torch.arange(sum(heads.rows)).split(heads.rows)
-        found = {name: update.part(rows, r) for name, rows in zip(targets, parts, strict=True)}
-        return {name: part for name, part in found.items() if part.B.any()}
+        found = zip(targets, parts, enabled, strict=True)
+        return {
+            name: update.part(rows, r, own=i)
+            for i, (name, rows) in enumerate((name, rows) for name, rows, on in found if on)
+        }
     by_group = targets[0].endswith("query_key_value")  # GPT-NeoX and Falcon interleave in transformers too
     rows = heads.interleaved() if by_group else slice(None)
     return {targets[0]: Update(update.A, update.B[rows], update.factor)}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, MergeError
 from lightning_lora.io.names import adapter_root, clean, parents, unwrap
+from lightning_lora.io.tied import untie_apart
 from lightning_lora.model.apply import is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
@@ -105,7 +106,7 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     if not is_adapted(model):
         raise ConfigError("the model has no adapters to merge")
     before = None if inputs is None else outputs_of(model, inputs)
-    report = MergeReport()
+    report, (_, root) = MergeReport(), adapter_root(model)
     dtypes = set()
     dense = dense_dtype(model)
     todo = replaceable(model)[::-1]
@@ -123,6 +124,7 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
         for name in names:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain)
+    untie_apart(root)
     narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     report.dtype = str(narrowest).removeprefix("torch.")
     if inputs is not None and before is not None:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.companions import copy_companions
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, package_version
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merge_base import check_base_folder
@@ -38,8 +38,6 @@ from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.nn.quantized import PackedWeight
 
 _LOG = logging.getLogger(__name__)
-_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # tokenizer, processor, generation, own code
-_OWN = ("config.json", REPORT, CONFIG, RECORD)  # written anew, or of another folder
 _ROWS = 2**18  # elements that are measured at a time
 
 
@@ -140,7 +138,7 @@ def merge_to_disk(
         dtypes = Counter(e.dtype for e in merge.entries.values() if e.dtype.is_floating_point)
         report.dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
         _check_written(part, merge.entries)
-        _copy_others(base_path, part)
+        copy_companions(base_path, part, (REPORT, CONFIG, RECORD))
         if config:
             written = changed_config(config, report.untied, report.dtype if dtype != "auto" else None)
             (part / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -172,14 +170,14 @@ class _Merge:
         """The values of one tensor."""
         change, wanted = self.changes.get(key), self.entries[key].dtype
         if change is None:
-            return self.base.tensor(key).to(wanted)
+            return _fitted(key, self.base.tensor(key), wanted)
         if change.saved is not None:
-            return self.factors[change.saved].to(wanted)
+            return _fitted(key, self.factors[change.saved], wanted, trained=True)
         weight = self.base.tensor(change.source or key)
         trained = _repack(weight, change.packed) if change.packed else None
         start = weight if trained is None or self.report.base == "original" else trained
         if change.lora is None:
-            return start.to(wanted)
+            return _fitted(key, start, wanted)
         return self._merged(change.lora, weight, trained, start, wanted)
 
     def _merged(self, name: str, weight: Tensor, trained: Tensor | None, start: Tensor, wanted: torch.dtype) -> Tensor:
@@ -228,6 +226,24 @@ class _Merge:
         return bool(self.adapter.config.get("fan_in_fan_out"))
 
 
+def _fitted(key: str, tensor: Tensor, wanted: torch.dtype, trained: bool = False) -> Tensor:
+    """`tensor` in the dtype that is written; one of the base may hold an infinity of its own, a trained one not.
+
+    Raises:
+        MergeError: It is not finite in that dtype.
+    """
+    cast = tensor.to(wanted)
+    if (trained or wanted != tensor.dtype) and not cast.isfinite().all():
+        if not tensor.isfinite().all():
+            if trained:
+                raise MergeError(f"{key!r}: trained values are not finite: did the run diverge?")
+        else:
+            raise MergeError(
+                f'{key!r}: values up to {tensor.abs().max():.3g} do not fit {wanted}: merge with dtype="bf16" or "fp32"'
+            )
+    return cast
+
+
 def _repack(weight: Tensor, how: tuple[str, torch.dtype]) -> Tensor:
     """The fp32 values that training computed with: packed from the dtype that the model was loaded in."""
     return PackedWeight(weight.to(how[1]), how[0]).dequantize(torch.float32)
@@ -252,15 +268,6 @@ def _check_written(part: Path, entries: Mapping[str, Entry]) -> None:
     with TensorFolder(part) as written:
         if written.entries != dict(entries):
             raise MergeError(f"what was read back from {part} is not what was written: is the disk full or broken?")
-
-
-def _copy_others(base: Path, part: Path) -> None:
-    """Tokenizer, processor, generation settings, own code and licence of the base."""
-    for path in sorted(base.iterdir()):
-        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        other = path.name in _OWN or path.name.endswith(".index.json")
-        if path.is_file() and (path.suffix in _COPIED or licence) and not other:
-            shutil.copyfile(path, part / path.name)
 
 
 def _say(name: str, number: int, count: int) -> None:

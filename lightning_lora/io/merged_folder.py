@@ -17,8 +17,6 @@ import contextlib
 import copy
 import json
 import os
-import shutil
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +29,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder, atomic_write
-from lightning_lora.io.folder import package_version
+from lightning_lora.io.companions import copy_companions
+from lightning_lora.io.folder import CONFIG, RECORD, package_version
 from lightning_lora.io.merge import (
     LOGIT_LIMITS,
     MergeReport,
@@ -51,12 +50,6 @@ from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.rng import preserve_rng
 
 REPORT, STATE = "merge_report.json", "model.safetensors"
-#: What a tokenizer or processor may consist of, for a copy from the base model's folder.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 Inputs = Mapping[str, tuple[tuple, dict]]
 
@@ -225,16 +218,14 @@ def _names_of(model: nn.Module, getter: str) -> str | None:
 
 
 def _save_tokenizer(root: nn.Module, part: Path, tokenizer: Any) -> None:
-    """The tokenizer that was given, or the files in the local folder that the base came from."""
+    """The tokenizer that was given, or the files beside the weights in the local folder that the base came from."""
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
         return
     source = Path(str(getattr(root.config, "_name_or_path", "") or "\0"))
     with contextlib.suppress(ValueError):  # a name that is no path
-        if source.is_dir():
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, part / name)
+        if (source / "config.json").is_file():
+            copy_companions(source, part, (REPORT, CONFIG, RECORD))
 
 
 def _compare(root: nn.Module, part: Path, inputs: Mapping[str, Sequence[Inputs]], report: MergeReport) -> None:
@@ -367,7 +358,8 @@ def _live_dtypes(root: nn.Module) -> set[torch.dtype]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Transformers' own progress bars off for a moment, as they were after it."""
-    logging = sys.modules["transformers.utils.logging"]
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

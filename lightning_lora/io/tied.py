@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.io.skeleton import load_config
+from lightning_lora.model.inner import is_hf_model
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -70,6 +72,26 @@ def changed_config(config: Mapping[str, Any], untied: bool, dtype: str | None) -
         if dtype is not None and (part is changed or "dtype" in part or "torch_dtype" in part):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = dtype
     return changed
+
+
+def untie_apart(model: nn.Module) -> None:
+    """Set ``tie_word_embeddings`` of a model to False where head and embedding have come apart.
+
+    Saved and loaded again with it, one of the two would be lost.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not is_hf_model(model):
+        return
+    ends = output_ends(model)
+    if ends in (None, ("", "")):
+        return
+    first, second = (model.get_parameter(end) for end in ends or ())
+    if first is second or (first.shape == second.shape and torch.equal(first, second)):
+        return
+    parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for part in parts:
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def output_ends(model: nn.Module | None) -> tuple[str, str] | None:

@@ -112,6 +112,15 @@ def test_merge_writes_the_live_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "`dtype` must be" in capsys.readouterr().err
 
 
+def test_what_the_system_refuses_is_a_line_and_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    adapter = folder(tmp_path)
+    assert main(["merge", str(tmp_path / "base"), str(adapter), str(tmp_path / "file" / "out"), "--quiet"]) == 2
+    assert "lightning-lora merge: error: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args", [[], ["inspect"], ["unknown"], ["inspect", "a", "--rank", "3"]])
 def test_a_wrong_line_is_usage_and_exit_code_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
+from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM
 from tests.parity.architectures import IDS, causal
 
@@ -160,6 +161,24 @@ def test_the_update_is_the_dense_one(kind: str, enabled: str, old: bool, tmp_pat
     load_adapter(LM(model), tmp_path / "lit")
     assert error(base, expected) > 0.01
     assert error(logits(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("enabled", ENABLED)
+def test_an_untrained_file_adapts_what_it_names(enabled: str, tmp_path: Path) -> None:
+    write(tmp_path / "lit", "llama", ENABLED[enabled])
+    path = tmp_path / "lit" / "lit_model.pth.lora"
+    state = torch.load(path, weights_only=True)["model"]
+    kept = {key: tensor for key, tensor in state.items() if ".attn.qkv." in key}
+    torch.save({"model": {k: torch.zeros_like(t) if k.endswith("B") else t for k, t in kept.items()}}, path)
+    model = MODELS["llama"][0].build()
+    base = logits(model)
+    load_adapter(model, tmp_path / "lit")
+    assert torch.equal(logits(model), base)
+    attention = blocks_of(model)[0].self_attn
+    adapted = [isinstance(getattr(attention, f"{x}_proj"), LoRALinear) for x in "qkv"]
+    assert adapted == list(ENABLED[enabled])
+    A = torch.cat([getattr(attention, f"{x}_proj").lora_A for x, on in zip("qkv", adapted, strict=True) if on])
+    assert torch.equal(A, state["transformer.h.0.attn.qkv.lora_A"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +73,18 @@ def test_saved_modules_become_their_trained_copy() -> None:
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model.lm_head.weight, trained)
     assert error(logits(model), live) < 1e-5
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}, {}])
+def test_tied_embeddings_that_came_apart_are_saved_and_loaded_apart(config: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(tiny_llama(tie_word_embeddings=True), **config)
+    live = logits(model)
+    merge_adapters(model)
+    assert model.config.tie_word_embeddings is (config == {})
+    model.save_pretrained(tmp_path / "m")
+    loaded, info = type(model).from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values()), info
+    assert error(logits(loaded), live) < 1e-5
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])

@@ -174,10 +174,39 @@ def test_the_dtype_that_was_asked_for(dtype: str, tmp_path: Path) -> None:
     assert error(logits(loaded.float()), logits(model)) < 2e-2
 
 
+def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    model = trained(tmp_path, modules_to_save=["lm_head"])
+    model.lm_head.trained.weight.data[0, 0] = float("nan")
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MergeError, match="'lm_head.weight': trained values are not finite"):
+        merge(tmp_path)
+    model.lm_head.trained.weight.data[0, 0] = 1e6
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MergeError, match=r"'lm_head.weight': values up to 1e\+06 do not fit torch.float16"):
+        merge(tmp_path, dtype="fp16")
+    assert not (tmp_path / "merged").exists()
+    merge(tmp_path)
+
+
+def test_a_base_that_fp16_has_no_room_for(tmp_path: Path) -> None:
+    trained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.model.norm.weight.data[0] = 1e6
+    base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    with pytest.raises(MergeError, match=r"'model.norm.weight': values up to 1e\+06 do not fit torch.float16"):
+        merge(tmp_path, dtype="fp16", check_base=False)
+    merge(tmp_path, check_base=False)
+
+
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     trained(tmp_path)
     base = tmp_path / "base"
     (base / "LICENSE").write_text("mine")
+    others = {"source.spm", "bpe.codes", "modeling_own.py", "additional_chat_templates"}
+    for name in others - {"additional_chat_templates"}:
+        (base / name).write_text("x")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("x")
     (base / "pytorch_model.bin").write_text("no")
     (base / "pytorch_model.bin.index.json").write_text("no")
     (base / "adapter_config.json").write_text("no")
@@ -185,8 +214,9 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     found = {p.name for p in (tmp_path / "merged").iterdir()}
     assert found == {
         *report.files, "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-        "LICENSE", "merge_report.json",
+        "LICENSE", "merge_report.json", *others,
     }  # fmt: skip
+    assert (tmp_path / "merged" / "additional_chat_templates" / "rag.jinja").is_file()
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == report.nbytes == sum(t.nbytes for t in tensors_of(base).values())
     for file in report.files:

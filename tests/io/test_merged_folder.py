@@ -178,9 +178,13 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     write_merged(adapted(base), tmp_path / "given", tokenizer=tokenizer)
     assert (tmp_path / "given" / "tokenizer.json").is_file()
     tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "additional_chat_templates").mkdir()
+    others = ["source.spm", "video_preprocessor_config.json", "modeling_own.py", "additional_chat_templates/rag.jinja"]
+    for name in others:
+        (tmp_path / "base" / name).write_text("x")
     local = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     write_merged(adapted(local), tmp_path / "copied")
-    assert (tmp_path / "copied" / "tokenizer.json").is_file()
+    assert all((tmp_path / "copied" / name).is_file() for name in ["tokenizer.json", *others])
 
 
 def test_an_earlier_merged_folder_is_replaced_and_others_are_not(tmp_path: Path) -> None:
