@@ -44,7 +44,8 @@ class AdapterStateMixin(Strategy):
     The frozen base is never gathered, written or asked for; the user's own ``state_dict()`` stays whole.
     Each process's random state travels with training checkpoints, and is put back after every
     ``on_train_start`` hook when training resumes. What validation draws is not part of the run (resumed at
-    a step where it is due, Lightning leaves it out), nor is what is drawn after training.
+    a step where it is due, Lightning leaves it out), nor is what is drawn after training: however often it
+    validates and saves, a run trains the same weights.
     """
 
     # Lightning's strategies have these, though their common base does not declare them.
@@ -194,6 +195,7 @@ class AdapterStateMixin(Strategy):
     def on_train_start(self) -> None:
         """Lightning calls the strategy's hook after all callbacks' and the module's: the last before the loop."""
         super().on_train_start()
+        self._validate_aside()
         if self._resumed is None:
             return
         (place, entry), self._resumed = self._resumed, None
@@ -211,11 +213,9 @@ class AdapterStateMixin(Strategy):
         self._restore_random_state(entry)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step; validation may follow it."""
+        """The module's step, of which something may be left to do when a checkpoint is written."""
         output = super().training_step(*args, **kwargs)
         self._unfinished.note_batch(self._trainer)
-        if self._trainer.enable_validation:
-            self._run_state = RNGState.capture().to_dict()
         return output
 
     def on_validation_start(self) -> None:
@@ -223,17 +223,28 @@ class AdapterStateMixin(Strategy):
         super().on_validation_start()
         self._unfinished.note_validation(self._trainer)
 
-    def on_validation_end(self) -> None:
-        """Training goes on with the random numbers that it had before."""
-        super().on_validation_end()
-        if self._in_fit_validation() and self._run_state is not None:
-            RNGState.from_dict(self._run_state).restore()
-
     def on_train_end(self) -> None:
         """What comes after training is not part of the run: a checkpoint saved later does not see it."""
         super().on_train_end()
         self._run_state = RNGState.capture().to_dict()
         self._ended_at = self._trainer.fit_loop.state_dict()
+
+    def _validate_aside(self) -> None:
+        """Training goes on after validation with the random state that it had before.
+
+        Lightning calls no hook between the last of a batch and the making of the iterator over validation's data,
+        which draws already.
+        """
+        loop = self._trainer.fit_loop.epoch_loop.val_loop
+        validate = type(loop).run
+
+        def aside() -> Any:
+            self._run_state = RNGState.capture().to_dict()
+            found = validate(loop)
+            RNGState.from_dict(self._run_state).restore()
+            return found
+
+        loop.run = aside  # type: ignore[method-assign]
 
     def _restore_random_state(self, entry: Mapping[str, Any]) -> None:
         if self.global_rank < len(entry["rng"]):  # a process that was not there has none
@@ -319,14 +330,10 @@ class AdapterStateMixin(Strategy):
         if self.global_rank == 0:  # every rank would say the same
             warnings.warn(text, Notice, stacklevel=3)
 
-    def _in_fit_validation(self) -> bool:
-        return self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING
-
     def _gather_random_states(self) -> list[dict[str, Any]]:
         """The run's random state on each process."""
-        if self._run_state is None or (self._ended_at is None and not self._in_fit_validation()):
-            self._run_state = RNGState.capture().to_dict()
-        return gather(self._run_state)
+        aside = self._ended_at is not None or (self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING)
+        return gather(self._run_state if aside and self._run_state is not None else RNGState.capture().to_dict())
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:
