@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import Notice, OptimizerError
@@ -171,24 +171,30 @@ def _say(inherited: list[str], missing: list[str], optimizer: str) -> None:
     warnings.warn(text, Notice, stacklevel=3)
 
 
-def fitting_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def fitting_state(state: dict[str, Any], optimizer: Optimizer, shapes: Sequence[Size] | None = None) -> dict[str, Any]:
     """A stored optimizer state for one that may hold fewer parameters: those that are trained.
 
     An optimizer over a whole model has a state for what got gradients, and for the frozen rest none: in the order
     of its groups, what has a state is what is trained.
 
+    Args:
+        state: Of whole tensors.
+        optimizer: The one that will get it.
+        shapes: Of its parameters, whole, where a process holds parts that do not know them.
+
     Raises:
         OptimizerError: Groups or shapes differ in another way.
     """
-    held = [group["params"] for group in optimizer.param_groups]
+    whole = iter(shapes or [p.shape for group in optimizer.param_groups for p in group["params"]])
+    held = [[next(whole) for _ in group["params"]] for group in optimizer.param_groups]
     stored = [group["params"] for group in state["param_groups"]]
     if [len(group) for group in stored] == [len(group) for group in held]:
         return state
     kept = [[number for number in group if number in state["state"]] for group in stored]
-    pairs = [(state["state"][n], p) for ns, ps in zip(kept, held, strict=False) for n, p in zip(ns, ps, strict=False)]
+    pairs = [(state["state"][n], s) for ns, ss in zip(kept, held, strict=False) for n, s in zip(ns, ss, strict=False)]
     fits = all(
-        not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape
-        for values, parameter in pairs
+        not isinstance(value, Tensor) or value.dim() == 0 or value.shape == shape
+        for values, shape in pairs
         for value in values.values()
     )
     if [len(group) for group in kept] != [len(group) for group in held] or not fits:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import check_plan, plan_blocks, without_units
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
@@ -103,8 +104,9 @@ class FSDPStateMixin(ShardedStateMixin):
         return {**state, "state": whole}
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             names = self._names(optimizer)
+            state = fitting_state(stored, optimizer, [self._shapes[name] for name, _ in names.values()])
             parts = {}
             for number, values in state["state"].items():
                 name, parameter = names[int(number)]

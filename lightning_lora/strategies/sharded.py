@@ -21,6 +21,7 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, WriteError
 from lightning_lora.io.atomic import atomic_folder, remove_folder
 from lightning_lora.io.distributed import is_distributed, write_distributed
 from lightning_lora.model.apply import adapter_state_dict
+from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import gathered, is_sharded_model
 from lightning_lora.nn.sharded import is_sharded, piece, whole
 from lightning_lora.ranks import together
@@ -100,7 +101,8 @@ class ShardedStateMixin(AdapterStateMixin):
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Give each process its share of every optimizer's state."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            state = fitting_state(stored, optimizer)
             owners = _parameters(optimizer)
             shares = {
                 i: {k: _share(v, owners.get(int(i))) for k, v in values.items()} for i, values in state["state"].items()

@@ -35,7 +35,7 @@ from lightning_lora.model.optimizers import fitting_state, held_by
 from lightning_lora.ranks import gather, together
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO
-from lightning_lora.strategies.unfinished import Unfinished, gradients, is_accumulating, put_back
+from lightning_lora.strategies.unfinished import Unfinished, gradients, is_accumulating, put_back, set_accumulation
 
 
 class AdapterStateMixin(Strategy):
@@ -141,8 +141,7 @@ class AdapterStateMixin(Strategy):
                     loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
                     entry["loaders"] = gather(loader)
                 entry |= self._unfinished.state(self._trainer, checkpoint["loops"]["fit_loop"])
-                if self.whole_gradients and self._accumulating(checkpoint):
-                    entry["gradients"] = gather(gradients(module))
+                entry |= self._held_gradients(checkpoint["loops"]["fit_loop"])
             checkpoint[KEY] = entry
             self._write(checkpoint, filepath, storage_options)
 
@@ -176,8 +175,8 @@ class AdapterStateMixin(Strategy):
                 "adapters are the same; the random numbers are not, and the epoch's data begins anew"
             )
         self._run_state = self._ended_at = None
-        entry = {**entry, "gradients": entry.get("gradients", []), "accumulating": self._accumulating(checkpoint)}
-        self._resumed = (settle(checkpoint["loops"]["fit_loop"]), entry)
+        progress = checkpoint["loops"]["fit_loop"]
+        self._resumed = (settle(progress), {**entry, "progress": progress})
         self._restore_random_state(entry)
 
     def setup(self, trainer: Trainer) -> None:
@@ -204,6 +203,8 @@ class AdapterStateMixin(Strategy):
         for loader in torch.utils._pytree.tree_leaves(self._trainer.train_dataloader):
             for text in lost_places(loader, place):
                 self._notice(text)
+        if place == "inside":
+            set_accumulation(self._trainer)
         for text in [*self._unfinished.finish(self._trainer, entry), *self._put_gradients_back(entry)]:
             self._notice(text)
         if place == "inside":
@@ -250,19 +251,29 @@ class AdapterStateMixin(Strategy):
         if self.global_rank < len(entry["rng"]):  # a process that was not there has none
             RNGState.from_dict(entry["rng"][self.global_rank]).restore()
 
-    def _accumulating(self, checkpoint: Mapping[str, Any]) -> bool:
-        return is_accumulating(checkpoint["loops"]["fit_loop"], self._trainer.accumulate_grad_batches)
+    def _held_gradients(self, progress: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each process what the next step will add to; an empty list where there are some and none is kept."""
+        module = self._converted_module()
+        manual = not self.lightning_module.automatic_optimization  # type: ignore[union-attr]
+        if not manual and not is_accumulating(progress, self._trainer.accumulate_grad_batches):
+            return {}
+        held = gather(gradients(module)) if self.whole_gradients else []
+        some = any(held) or any(p.grad is not None for p in module.parameters())
+        return {"gradients": held} if some or not manual else {}
 
     def _put_gradients_back(self, entry: Mapping[str, Any]) -> Iterator[str]:
-        if not entry["accumulating"]:
+        automatic = self.lightning_module.automatic_optimization  # type: ignore[union-attr]
+        accumulating = is_accumulating(entry["progress"], self._trainer.accumulate_grad_batches)
+        if not (accumulating if automatic else "gradients" in entry):
             return
-        if len(entry["gradients"]) == self.world_size:
-            put_back(self._converted_module(), entry["gradients"][self.global_rank])
+        kept = entry.get("gradients", [])
+        if len(kept) == self.world_size:
+            put_back(self._converted_module(), kept[self.global_rank])
         else:
             yield (
                 "the checkpoint was written between two batches whose gradients are accumulated, and those of the "
                 "first are not in it (sharded models' are not kept): they are missing from the next step. Save after "
-                "an optimizer step, as `ModelCheckpoint(every_n_train_steps=...)` does"
+                "an optimizer step and, in manual optimization, its `zero_grad`"
             )
 
     def _write(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None) -> None:
@@ -349,5 +360,8 @@ def _pass_validation_by(fit_loop: _FitLoop) -> None:
     """Where validation is due, Lightning pretends to have run it, and draws for it; after validation it does not."""
     loop = fit_loop.epoch_loop
     if loop.restarted_on_train_batch_end and loop._should_check_val_fx(fit_loop._data_fetcher):  # type: ignore[arg-type]
+        module = fit_loop.trainer.lightning_module
+        if not module.automatic_optimization:
+            module.on_validation_model_zero_grad()  # Lightning forgets what manual optimization accumulates there
         loop.batch_progress.increment_completed()
         loop.update_restart_stage()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from lightning_lora.model.inner import clean_name
@@ -85,6 +86,13 @@ class Unfinished:
                     f"{_LATER if value is None else 'perhaps ' + _LATER}: the learning rate may differ from an uncut "
                     "run's. Resume from the checkpoint that a `ModelCheckpoint` wrote after a validation"
                 )
+
+
+def set_accumulation(trainer: Trainer) -> None:
+    """Inside an epoch nobody tells a `GradientAccumulationScheduler` that it has begun: do what it would have done."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
 
 
 def is_accumulating(progress: Mapping[str, Any], every: int) -> bool:

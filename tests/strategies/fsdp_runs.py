@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_lora import AdapterCheckpoint, AdapterFSDPStrategy, MergeOnFitEnd
 from lightning_lora.nn.linear import LoRAAdapter
-from tests.strategies.sharded_runs import CUT, caught, fit
+from tests.strategies.sharded_runs import CUT, caught, fit, from_older
 
 
 class CPUAdapterFSDP(AdapterFSDPStrategy):
@@ -79,6 +79,7 @@ def main() -> None:
     merge = MergeOnFitEnd(folder / "merged")
     fit(folder / "callbacks", strategy(False), {"quantize": "nf4"}, callbacks=[kept, merge])
     found["merge"] = None if merge.report is None else merge.report.to_dict()
+    found["older"] = from_older(folder, strategy(False))
     found["original"] = caught(lambda: fit(folder / "no", strategy(False, use_orig_params=False), {}))
     found["saved"] = caught(lambda: fit(folder / "no", strategy(False), {"modules_to_save": ["lm_head"]}))
     mixed = {"mixed_precision": torch.distributed.fsdp.MixedPrecision(param_dtype=torch.bfloat16)}

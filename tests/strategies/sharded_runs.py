@@ -152,6 +152,22 @@ def own_parameters(unit: FSDPModule) -> list[torch.nn.Parameter]:
     return [] if group is None else [p.sharded_param for p in group.fsdp_params]
 
 
+class Began(L.Callback):
+    """The optimizer's state that training begins with, whole, on the first process."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note it."""
+        self.state = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]  # type: ignore[arg-type]
+
+
+def from_older(folder: Path, how: Any) -> list[torch.Tensor]:
+    """The moments that a run takes over from ``full.ckpt``, whose optimizer held the whole model."""
+    torch.manual_seed(0)
+    began = Began()
+    fit(folder / "older", how, {}, folder / "full.ckpt", module=LM(TinyNet()), callbacks=[began])
+    return [values["exp_avg"] for values in began.state.values() if "exp_avg" in values]
+
+
 def full_disk(folder: Path) -> dict[str, Any]:
     """The second process has no room for its shards: what each hears, and what is left of the save before."""
     L.seed_everything(7, verbose=False)
@@ -314,6 +330,7 @@ def main() -> None:
         found.setdefault("tensor-refused", []).append(text)
     for shards in (False, True):
         found[f"memory-{shards}"] = memory(folder / f"memory-{shards}", shards)
+    found["older"] = from_older(folder, strategy())
     found["unknown"] = caught(lambda: fit(folder / "unknown", strategy(fsdp_plan=["layer.0"]), {}))
     torch.save(found, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
 

@@ -19,6 +19,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.io.distributed import is_distributed, read_either
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.strategies.fsdp import _with_units
+from tests.e2e.test_older_runs import older
 from tests.strategies.sharded_runs import CUT
 from tests.strategies.test_model_parallel import distance, same
 
@@ -28,8 +29,9 @@ KINDS = [f"{quantize}-{shards}" for quantize in ("none", "nf4") for shards in (F
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one launch of two processes left."""
+    """What one launch of two processes left, and a checkpoint of an older run from which they go on."""
     folder = tmp_path_factory.mktemp("fsdp")
+    torch.save(older(folder, only_trained=False)[1], folder / "moments.pt")
     done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -121,3 +123,9 @@ def test_a_policy_of_the_user_s_stays() -> None:
     assert chosen == [linear, other]
     assert own(module=linear, recurse=True, nonwrapped_numel=1)
     assert set(_with_units(None, {linear})._run_policy(root, set(), {})) == {linear}
+
+
+def test_the_moments_of_a_run_whose_optimizer_held_the_whole_model(folder: Path, found: list[dict[str, Any]]) -> None:
+    moments = torch.load(folder / "moments.pt")
+    assert len(moments) == 4
+    assert all(torch.equal(a, b) for a, b in zip(moments, found[0]["older"], strict=True))

@@ -19,6 +19,7 @@ from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.distributed import INDEX, META, is_distributed, read_either
 from lightning_lora.model.sharding import check_plan, find_blocks, shard_model
+from tests.e2e.test_older_runs import older
 from tests.helpers import LM, TinyNet, tiny_llama
 from tests.strategies.sharded_runs import CUT, STEPS, adapters, fit
 
@@ -28,8 +29,9 @@ KINDS = [f"{quantize}-{form}" for quantize in ("none", "nf4") for form in ("file
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one launch of two processes left."""
+    """What one launch of two processes left, and a checkpoint of an older run from which they go on."""
     folder = tmp_path_factory.mktemp("sharded")
+    torch.save(older(folder, only_trained=False)[1], folder / "moments.pt")
     done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -179,6 +181,12 @@ def test_adapter_folders_and_merged_models_are_written(folder: Path, found: list
 def test_a_part_trained_in_full(found: list[dict[str, Any]]) -> None:
     assert any(name.endswith("head.trained.weight") for name in found[0]["saved"])
     assert same(found[0]["saved"], found[1]["saved"])
+
+
+def test_the_moments_of_a_run_whose_optimizer_held_the_whole_model(folder: Path, found: list[dict[str, Any]]) -> None:
+    moments = torch.load(folder / "moments.pt")
+    assert len(moments) == 4
+    assert all(torch.equal(a, b) for a, b in zip(moments, found[0]["older"], strict=True))
 
 
 def test_a_plan_of_names(found: list[dict[str, Any]]) -> None:
