@@ -145,6 +145,8 @@ class AdapterRecord:
         fitting: Whether a Trainer's ``fit`` is running, whose optimizer knows the adapter in use.
         slots: How many adapter modules there are.
         moves: How many times an adapter module was moved or cast: what has waited since may have to follow.
+        use: Which values the adapters have: a number that no other swap or load had. `use_adapter` puts it back.
+        uses: How many such numbers were given.
         verified: Adapter files that were found whole, so that a swap does not check them again.
     """
 
@@ -156,12 +158,19 @@ class AdapterRecord:
     fitting: bool = False
     slots: int = 0
     moves: int = 0
+    use: int = 0
+    uses: int = 0
     verified: set[tuple[int, ...]] = field(default_factory=set)
 
     def new_slot(self) -> int:
         """A number for one more adapter module."""
         self.slots += 1
         return self.slots
+
+    def new_use(self) -> None:
+        """The adapters have other values from now on; a recomputed forward is known to be another by this."""
+        self.uses += 1
+        self.use = self.uses
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,14 @@ class LoRA(Callback):
         if self._gradients.done:
             self._gradients = None
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No step comes any more: another adapter may take the place of the one that was trained."""
+        self._mark(pl_module, fitting=False)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where there was nothing left to train."""
+        self._mark(pl_module, fitting=False)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the closures off the module, so that it can be pickled; the adapters stay."""
         self._release()

@@ -71,7 +71,7 @@ from lightning_lora.model.apply import (
     is_adapted,
 )
 from lightning_lora.model.inner import inner_model
-from lightning_lora.model.residents import rename_adapter, use_adapter
+from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -200,7 +200,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
         CheckpointError: No adapter folder, or one that cannot be read.
         AdapterMismatchError: Keys, shapes or scales do not fit; the nearest names are given.
         BaseMismatchError: The folder names another base than this model.
-        UnsupportedError: The folder uses a method that is not built.
+        UnsupportedError: The folder uses a method that is not built; or a running ``fit`` trains the adapter whose
+            place this would take.
     """
     model, path = unwrap(model), Path(dir).expanduser()
     if path.is_file() or is_distributed(path):
@@ -235,6 +236,7 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
             raise
         load_resident(model, folder, name)
         return
+    refuse_in_fit(record)
     _copy(places, folder.checked_tensors(record.verified), strengths)
 
 
@@ -245,6 +247,8 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
             f"{path} is a checkpoint, which goes into the adapter in use alone: load it into a plain model, write it "
             f"with `save_adapter`, and load that folder as {name!r}"
         )
+    if record is not None:
+        refuse_in_fit(record)
     load_checkpoint_adapter(model, path)
     if name is not None and record is None:
         rename_adapter(model, name)
@@ -258,6 +262,8 @@ def _copy(places: list[Place], tensors: dict[str, Tensor], strengths: Mapping[Ad
         check_kind(raw, live, tensor)
     for _, live, tensor in pairs:
         live.copy_(piece(tensor, live))
+    if places:
+        places[0][2].record.new_use()
     for module in dict.fromkeys(place[2] for place in places):
         strength = strengths.get(module, 1.0)
         if module.strength != strength:

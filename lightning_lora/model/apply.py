@@ -262,6 +262,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
         check_kind(name, tensor, found)
     for name, tensor in own.items():
         tensor.copy_(piece(state[name], tensor))
+    for record in {id(m.record): m.record for _, m in adapter_modules(model)}.values():
+        record.new_use()
 
 
 def check_kind(name: str, own: Tensor, found: Tensor) -> None:

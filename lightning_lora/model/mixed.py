@@ -83,7 +83,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     Raises:
         ConfigError: A name is unknown, there is none, or the model is in training; inside, a layer whose first
-            dimension is not the batch.
+            dimension has another size than the batch. One of the same size that is not the batch is not noticed.
     """
     record = record_of(model)
     if isinstance(adapter_names, str) or not adapter_names:

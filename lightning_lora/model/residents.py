@@ -89,7 +89,7 @@ def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
     """
     record, slots = slots_of(model)
     known(record, name)
-    before, lent = record.name, [(module, module.objects(), module.held()) for module in slots]
+    before, use, lent = record.name, record.use, [(module, module.objects(), module.held()) for module in slots]
     record.lent.append(before)
     try:
         if name != before:
@@ -101,6 +101,7 @@ def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
             _exchange(record, slots, before, in_place=False)
         for module, objects, held in lent:
             module.put_back(objects, held)
+        record.use = use
 
 
 def rename_adapter(model: nn.Module, name: str) -> None:
@@ -281,6 +282,7 @@ def _put_in_use(
     """Give every module its part; what they had, by slot."""
     outgoing: dict[int, Held] = {}
     changed: list[Tensor] = []
+    record.new_use()
     for module, part in parts:
         if in_place:
             former = module.exchange(part, changed)

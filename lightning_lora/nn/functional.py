@@ -13,10 +13,11 @@ adapter's input (D = identity outside training):
                 db = sum of dy over N                (out,)     where the user trains the bias
 
 (+) is an addition in place into a tensor that this function made itself; no input is ever written into.
-Saved for backward: x and u, nothing else of the activations' width. A and B are cast *down* to x's dtype;
-x is never cast up. W is not saved but asked for again, so that a packed weight is dequantized once each
-way and never kept. The dropout mask is not stored: it is drawn anew from a seed, which itself is drawn
-from torch's CPU generator, so that activation checkpointing draws the same one.
+Saved for backward: x and u, nothing else of the activations' width; and beside them a mark of which adapter this was.
+Activation checkpointing runs the forward again, with the A and B of that moment, and finds the mark of that moment. A
+and B are cast *down* to x's dtype; x is never cast up. W is not saved but asked for again, so that a packed weight is
+dequantized once each way and never kept. The dropout mask is not stored: it is drawn anew from a seed, which itself
+is drawn from torch's CPU generator, so that activation checkpointing draws the same one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_lora.errors import UnsupportedError
+
 WeightOf = Callable[[torch.dtype], Tensor]
+
+_RECOMPUTED = (
+    "activation checkpointing ran a forward again for its backward, and the adapter in use, its values or its strength "
+    "were others by then: the gradients would be of neither. Call `backward` before the adapter changes, and inside "
+    "the same `use_adapter` as the forward"
+)
 
 
 def lora_linear(
@@ -41,6 +50,7 @@ def lora_linear(
     lora_B: Tensor | None = None,
     scale: float | Tensor = 1.0,
     dropout: float = 0.0,
+    use: int = 0,
 ) -> Tensor:
     """``x W^T + b + scale * D(x) A^T B^T``; without ``lora_A`` the frozen part alone.
 
@@ -55,6 +65,8 @@ def lora_linear(
         lora_B: Factor ``(out, r)``.
         scale: Factor of the update; a 0-dim tensor where compiled code must not depend on its value.
         dropout: Share of the adapter's input to drop; 0 outside training.
+        use: A number that changes with the adapter; a backward whose saved tensors were recomputed under another
+            number or scale raises `UnsupportedError`.
 
     Returns:
         Output ``(..., out)`` in ``x``'s dtype.
@@ -62,7 +74,7 @@ def lora_linear(
     if _needs_eager(x, lora_A, lora_B):
         return _eager(x, weight(x.dtype), bias, lora_A, lora_B, scale, dropout)
     seed = int(torch.randint(2**62, ())) if dropout > 0.0 and lora_A is not None else 0
-    return _LoRALinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout, seed)
+    return _LoRALinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout, seed, use)
 
 
 def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Tensor, dropout: float) -> Tensor:
@@ -140,6 +152,7 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         dropout: float,
         seed: int,
+        use: int,
     ) -> Tensor:
         ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale, dropout, seed
         ctx.device_type, ctx.bias_dtype = x.device.type, None if bias is None else bias.dtype
@@ -153,7 +166,8 @@ class _LoRALinear(torch.autograd.Function):
             u = _masked(x2, _mask(ctx, x2)) @ lora_A.to(x.dtype).t()
             y2 = y.view(-1, y.shape[-1])
             y2.addmm_(u, lora_B.to(x.dtype).t(), alpha=_scale(ctx))
-        ctx.save_for_backward(x, u, lora_A, lora_B)
+        ctx.mark = [use, 0 if isinstance(scale, Tensor) else hash(scale)]
+        ctx.save_for_backward(x, u, lora_A, lora_B, torch.tensor(ctx.mark, device="cpu"))
         return y
 
     @staticmethod
@@ -161,11 +175,13 @@ class _LoRALinear(torch.autograd.Function):
         need_bias = ctx.needs_input_grad[4]
         with torch.autocast(ctx.device_type, enabled=False):
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
-            rest = (None, dbias, None, None, None)
+            rest = (None, dbias, None, None, None, None)
             saved = ctx.saved_tensors  # read once: each access unpacks anew, a checkpoint refuses the second
             if not saved:
                 return (dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None, None, None, *rest)
-            x, u, lora_A, lora_B = saved
+            x, u, lora_A, lora_B, mark = saved
+            if mark.tolist() != ctx.mark:
+                raise UnsupportedError(_RECOMPUTED)
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in turn
                 return (*_differentiable_backward(ctx, dy, x, lora_A, lora_B), *rest)
             return (*_fused_backward(ctx, dy, x, u, lora_A, lora_B), *rest)

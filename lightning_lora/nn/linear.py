@@ -263,7 +263,8 @@ class LoRALinear(AdapterModule):
                 return y
             return add_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, scale, dropout)
         A, B = (self.lora_A, self.lora_B) if active else (None, None)
-        return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout).to(output_dtype(x))  # type: ignore[arg-type]
+        use = 0 if torch.compiler.is_compiling() else self.record.use
+        return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout, use).to(output_dtype(x))  # type: ignore[arg-type]
 
     def _dense_matrix(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight.to(dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora import (
-    LoRA,
     LoRAConfig,
     active_adapter,
     adapter_state_dict,
@@ -37,53 +34,9 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, Unsupported
 from lightning_lora.io.checkpoint import metadata
 from lightning_lora.model.residents import rename_adapter
 from lightning_lora.model.sharding import shard_model
-from lightning_lora.nn.linear import LoRALinear
-from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
+from tests.helpers import tiny_llama
+from tests.model.many import ADAPTERS, adapter_folder, logits
 from tests.model.nets import Normed, notices, tiny_bert
-
-IDS = torch.arange(48).view(3, 16) % 64
-
-#: Adapters that differ in everything that may differ: rank, scale, modules, patterns.
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 8},
-    "twin": {"r": 4, "lora_alpha": 8},
-    "scaled": {"r": 4, "lora_alpha": 3, "use_rslora": True},
-    "wide": {"r": 9, "lora_alpha": 9, "target_modules": ["q_proj", "down_proj"]},
-    "head": {"r": 2, "target_modules": ["lm_head", "v_proj"]},
-    "patterns": {"r": 3, "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"0.*k_proj": 7}},
-}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    out = model(ids)
-    return getattr(out, "logits", out)
-
-
-def adapter_folder(path: Path, build: Callable[[], nn.Module], seed: int, **config: Any) -> Tensor:
-    """A folder of one adapter on its own, and what the model computes with it."""
-    model = build().eval()
-    apply_lora(model, LoRAConfig(**config))
-    save_adapter(random_adapters(model, seed=seed), path)
-    return logits(model)
-
-
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Folders of `ADAPTERS` for `tiny_llama`, and the logits of each alone."""
-    folder = tmp_path_factory.mktemp("adapters")
-    wanted = {n: adapter_folder(folder / n, tiny_llama, i, **c) for i, (n, c) in enumerate(ADAPTERS.items())}
-    return folder, {**wanted, "__base__": logits(tiny_llama().eval())}
-
-
-@pytest.fixture
-def many(llamas: tuple[Path, dict[str, Tensor]]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A llama that holds all of `ADAPTERS`, "plain" in use."""
-    folder, wanted = llamas
-    model = tiny_llama().eval()
-    for name in ADAPTERS:
-        load_adapter(model, folder / name, name=name)
-    return model, wanted
 
 
 def test_each_adapter_computes_what_it_does_alone(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
@@ -155,68 +108,6 @@ def test_parameters_stay_the_same_objects(many: tuple[nn.Module, dict[str, Tenso
     assert all(after[name].data_ptr() != storages[name] for name in storages)
     set_adapter(model, "plain")
     assert {n: before[n].data_ptr() for n in storages} == storages, "a swap copies nothing"
-
-
-def test_training_moves_the_adapter_in_use_alone(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    model, wanted = many
-    set_adapter(model, "patterns")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    trained = logits(model)
-    assert not torch.allclose(trained, wanted["patterns"], atol=1e-3)
-    (said,) = notices(lambda: set_adapter(model, "head"))
-    assert "adapter 'patterns' went out of use and its gradients were dropped" in said
-    assert all(p.grad is None for p in model.parameters())
-    for name in ADAPTERS:
-        assert notices(lambda name=name: set_adapter(model, name)) == []
-        assert torch.equal(logits(model), trained if name == "patterns" else wanted[name]), name
-
-
-def test_a_backward_through_an_adapter_that_was_swapped_is_an_error(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    model, _ = many
-    loss = model(IDS, labels=IDS).loss
-    set_adapter(model, "twin")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_borrowing_in_the_middle_of_a_step_changes_no_gradient(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    """As a reference model in DPO: forward, another forward with another adapter, backward; and accumulated."""
-    model, wanted = many
-
-    def grads(borrow: bool) -> list[Tensor]:
-        model.zero_grad()
-        for _ in range(2):
-            loss = model(IDS, labels=IDS).loss
-            if borrow:
-                for name in ("twin", "wide"):
-                    with use_adapter(model, name):
-                        assert torch.equal(logits(model), wanted[name])
-            loss.backward()
-            if borrow:
-                with use_adapter(model, "scaled"):
-                    model(IDS, labels=IDS).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    plain, borrowed = grads(False), grads(True)
-    assert len(plain) == 28
-    assert all(torch.equal(a, b) for a, b in zip(plain, borrowed, strict=True))
-
-
-def test_a_graph_made_while_borrowing_is_of_the_borrowed_adapter(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    model, _ = many
-    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
-
-    def input_grad(loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, embedded)[0]
-
-    with use_adapter(model, "wide"):
-        inside = input_grad(model(inputs_embeds=embedded, labels=IDS).loss)
-        loss = model(inputs_embeds=embedded, labels=IDS).loss
-    assert torch.equal(input_grad(loss), inside)
 
 
 def test_contexts_nest_and_restore(many: tuple[nn.Module, dict[str, Tensor]]) -> None:
@@ -450,118 +341,3 @@ def test_sharded_adapters_are_refused_and_vacant_layers_shard(many: tuple[nn.Mod
         assert torch.allclose(logits(model), wanted["wide"], atol=1e-5)
     finally:
         torch.distributed.destroy_process_group()
-
-
-# Under a Trainer
-
-
-def test_inside_fit_a_swap_is_refused_and_borrowing_is_not(tmp_path: Path) -> None:
-    wanted = adapter_folder(tmp_path / "b", tiny_llama, 3, r=2)
-
-    class Curious(LM):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            with use_adapter(self, "b"):
-                assert torch.equal(logits(self.eval()), wanted)
-            self.train()
-            with pytest.raises(UnsupportedError, match="`fit` is training adapter 'default'"):
-                set_adapter(self, "b")
-            return loss
-
-    def trained(module: LM) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        apply_lora(module, LoRAConfig(r=4, lora_alpha=8))
-        load_adapter(module, tmp_path / "b", name="b")
-        make_trainer(tmp_path, [LoRA(r=4, lora_alpha=8)]).fit(module, loader())
-        return {name: tensor.clone() for name, tensor in adapter_state_dict(module).items()}
-
-    curious = Curious()
-    borrowed, plain = trained(curious), trained(LM())
-    assert all(torch.equal(borrowed[name], plain[name]) for name in plain)
-    set_adapter(curious, "b")
-    assert torch.equal(logits(curious.eval()), wanted)
-
-
-def test_a_second_adapter_trains_in_a_second_fit(tmp_path: Path) -> None:
-    adapter_folder(tmp_path / "b", tiny_llama, 3, r=2, target_modules=["q_proj"])
-    module = LM()
-    apply_lora(module, LoRAConfig(r=4))
-    load_adapter(module, tmp_path / "b", name="b")
-    first = {n: t.clone() for n, t in adapter_state_dict(module).items()}
-    set_adapter(module, "b")
-    config = {"r": 2, "target_modules": ["q_proj"]}
-    trainer = make_trainer(tmp_path, [LoRA(**config)])
-    trainer.fit(module, loader())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["state_dict"].keys() == adapter_state_dict(module).keys()
-    assert len(kept["state_dict"]) == 4
-    assert all(torch.equal(t, adapter_state_dict(module)[n]) for n, t in kept["state_dict"].items())
-    set_adapter(module, "default")
-    assert all(torch.equal(t, first[n]) for n, t in adapter_state_dict(module).items())
-    # the checkpoint resumes in a module that knows nothing of the other adapter
-    fresh = LM()
-    make_trainer(tmp_path, [LoRA(**config)], max_steps=6).fit(fresh, loader(), ckpt_path=tmp_path / "last.ckpt")
-
-
-# torch.compile
-
-
-def test_swaps_compile_nothing_anew(tmp_path: Path) -> None:
-    def net() -> nn.Module:
-        torch.manual_seed(0)
-        return TinyNet()
-
-    configs: dict[str, dict[str, Any]] = {
-        "a": {"r": 4},
-        "b": {"r": 4, "lora_alpha": 5.0},
-        "c": {"r": 4, "use_rslora": True},
-        "other": {"r": 4},
-    }
-    wanted = {n: adapter_folder(tmp_path / n, net, i, **c) for i, (n, c) in enumerate(configs.items())}
-    model = net().eval()
-    for name in "abc":
-        load_adapter(model, tmp_path / name, name=name)
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-
-    def check(name: str) -> None:
-        assert torch.allclose(logits(compiled), wanted[name], atol=1e-5), name
-        assert counters["stats"]["unique_graphs"] == 1, name
-
-    check("a")
-    for name in ("b", "c", "a", "b"):
-        set_adapter(model, name)
-        check(name)
-        with use_adapter(model, "c"):
-            check("c")
-        check(name)
-    set_adapter(model, "a")
-    load_adapter(model, tmp_path / "other")
-    check("other")
-    load_adapter(model, tmp_path / "b", name="a")
-    check("b")
-    set_adapter_scale(model, 0.5)
-    assert not torch.allclose(logits(compiled), wanted["b"], atol=1e-3)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-def test_a_vacant_layer_compiles_to_its_base(tmp_path: Path) -> None:
-    def net() -> nn.Module:
-        torch.manual_seed(0)
-        return TinyNet()
-
-    wanted = {
-        "a": adapter_folder(tmp_path / "a", net, 0, r=4),
-        "b": adapter_folder(tmp_path / "b", net, 1, r=4, target_modules=["first"]),
-    }
-    model = net().eval()
-    load_adapter(model, tmp_path / "a", name="a")
-    load_adapter(model, tmp_path / "b", name="b")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for name in ("a", "b", "a"):
-        set_adapter(model, name)
-        assert torch.allclose(logits(compiled), wanted[name], atol=1e-5), name
-    assert sum(isinstance(m, LoRALinear) and m.vacant for m in model.modules()) == 0
