@@ -19,11 +19,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
+from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError, WriteError
 from lightning_lora.io.adapter import peft_config, save_adapter
 from lightning_lora.io.atomic import atomic_link, clean_leftovers, remove_folder
 from lightning_lora.io.folder import check_target
 from lightning_lora.model.apply import is_adapted
+from lightning_lora.ranks import together
+from lightning_lora.strategies.checkpoint_io import after_saves
 from lightning_lora.strategies.registry import whole_module
 
 
@@ -122,12 +124,15 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.keep_last_n and filepath != self.last_model_path:
             # before the save, since the list is part of the state that is saved
             self._recent = [p for p in self._recent if p != filepath] + [filepath]
-        check_target(adapter_path(filepath))
+        folder = adapter_path(filepath)
+        with together(f"save {folder}", WriteError):
+            if trainer.is_global_zero:
+                check_target(folder)
         super()._save_checkpoint(trainer, filepath)
-        module = whole_module(trainer)
-        if module is not None:
-            save_adapter(module, adapter_path(filepath))
-        trainer.strategy.barrier("lightning_lora: adapter folder")
+        with together(f"save {folder}", WriteError):
+            module = whole_module(trainer)
+            if module is not None:
+                save_adapter(module, folder)
         while len(self._recent) > self.keep_last_n:
             old = self._recent.pop(0)
             if not self._is_among_best(old) and self._should_remove_checkpoint(trainer, old, filepath):
@@ -137,22 +142,26 @@ class AdapterCheckpoint(ModelCheckpoint):
         if filepath in self._recent:
             return  # no longer among the best, still among the most recent
         last, newest = self.last_model_path, self._last_checkpoint_saved
-        if trainer.is_global_zero and os.path.islink(last) and os.path.realpath(last) == os.path.realpath(filepath):
-            atomic_link(last, newest)  # else it would point to nothing until Lightning links anew
-            atomic_link(adapter_path(last), adapter_path(newest))
-        super()._remove_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
+
+        def let_go() -> None:
+            if os.path.islink(last) and os.path.realpath(last) == os.path.realpath(filepath):
+                _link(newest, last)  # else it would point to nothing until Lightning links anew
             _remove_adapter(adapter_path(filepath))
+
+        with together(f"remove {filepath}", WriteError):
+            if trainer.is_global_zero:
+                after_saves(trainer.strategy.checkpoint_io, let_go)
+            super()._remove_checkpoint(trainer, filepath)
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-        folder, link = adapter_path(filepath), adapter_path(linkpath)
-        if not os.path.islink(link):
-            check_target(link)
-        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            atomic_link(linkpath, filepath)
-            atomic_link(link, folder)
-        trainer.strategy.barrier("lightning_lora: link to the adapter folder")
+        with together(f"link {linkpath}", WriteError):
+            if trainer.is_global_zero:
+                link = adapter_path(linkpath)
+                if not os.path.islink(link):
+                    check_target(link)
+                if os.path.abspath(filepath) != os.path.abspath(linkpath):
+                    after_saves(trainer.strategy.checkpoint_io, lambda: _link(filepath, linkpath))
 
     def _is_among_best(self, filepath: str) -> bool:
         """Whether ModelCheckpoint still keeps a checkpoint as one of its own."""
@@ -161,6 +170,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.save_top_k == 0:
             return False
         return filepath in self.best_k_models or filepath == self.best_model_path
+
+
+def _link(checkpoint: str, link: str) -> None:
+    """Make ``last.ckpt`` and the folder beside it links to a checkpoint and its folder."""
+    atomic_link(link, checkpoint)
+    atomic_link(adapter_path(link), adapter_path(checkpoint))
 
 
 def _remove_adapter(folder: str) -> None:

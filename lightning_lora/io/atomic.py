@@ -43,25 +43,27 @@ _RUN = secrets.token_hex(4)  # a restarted container often has the process id of
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], over_folder: bool = False) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception what was written there becomes `path`.
 
     The order is: write, sync of the file, rename, sync of the folder.
 
     Args:
         path: The file to write. Its folder is made when it is missing.
+        over_folder: Whether a folder that stands at `path` is replaced: it is moved aside when the file is written
+            and removed when that is in place.
 
     Yields:
         A hidden path beside the target. Whoever opens it closes it before the block ends.
 
     Raises:
-        CheckpointError: When the block wrote nothing, or a folder stands at `path`.
+        CheckpointError: When the block wrote nothing, or a folder stands at `path` that is not to be replaced.
         WriteError: When there is no room or no permission.
     """
     target = Path(path)
     part = _hidden(target, _NEW)
     with _telling(target):
-        if target.is_dir():
+        if target.is_dir() and not over_folder:
             raise CheckpointError(
                 f"a file is to be written to {target}, but a folder stands there: move it or choose another path."
             )
@@ -72,8 +74,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             if not part.exists():
                 raise CheckpointError(f"nothing was written for {target}: write to the path that the block was given.")
             _sync(part)
-            os.replace(part, target)
-            _sync(target.parent)
+            if over_folder:
+                _swap(part, target)
+            else:
+                os.replace(part, target)
+                _sync(target.parent)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -134,23 +139,27 @@ def atomic_link(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> Non
             part.unlink(missing_ok=True)
 
 
-def remove_folder(path: str | os.PathLike[str]) -> None:
+def remove_folder(path: str | os.PathLike[str]) -> Path | None:
     """Remove a folder so that it is gone at once: it is renamed to a hidden name first, then deleted.
 
     A symbolic link is removed without touching what it points to. A missing folder is no error.
 
     Args:
         path: The folder to remove.
+
+    Returns:
+        The hidden name under which files are left that could not be deleted; None where all are gone.
     """
     target = Path(path)
     if target.is_symlink():
         target.unlink()
-        return
+        return None
     if not target.exists():
-        return
+        return None
     aside = _hidden(target, _NEW)  # "new": a leftover of a removal is rubbish, never a folder to recover
     os.replace(target, aside)
     shutil.rmtree(aside, ignore_errors=True)
+    return aside if aside.exists() else None
 
 
 def recover(path: str | os.PathLike[str]) -> bool:

@@ -30,23 +30,26 @@ _DIGESTS = "digests"
 _LATER = ("state_dict", "optimizer_states")  # large: compared when they are used
 _TENSOR = re.compile(r"[^/]+/data/\d+")  # a zip record that holds the values of tensors
 _SMALL = 65536  # bytes; what is smaller is copied out of the file
+#: Where a `ModelCheckpoint` keeps the files that it may remove, and `AdapterCheckpoint` its own.
+_REMOVED = ("best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "recent")
 _EARLIER = "Take an earlier checkpoint, or the adapter folder beside it"
 
 
-def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], over_folder: bool = False) -> None:
     """Write a checkpoint; a process killed at any moment leaves the old file or the new one.
 
     Args:
         checkpoint: What `torch.save` is given. Digests of its tensors are added to its entry `KEY`, if it has one.
         path: The file.
+        over_folder: Whether a folder that stands there is replaced, such as one of shards.
 
     Raises:
         WriteError: No room, or no permission.
-        CheckpointError: A folder stands at `path`.
+        CheckpointError: A folder stands at `path` that is not to be replaced.
     """
     if KEY in checkpoint:
         checkpoint = {**checkpoint, KEY: {**checkpoint[KEY], _DIGESTS: digests(_tensors(checkpoint))}}
-    with atomic_write(path) as part, part.open("wb") as file:
+    with atomic_write(path, over_folder) as part, part.open("wb") as file:
         torch.save(checkpoint, file)
 
 
@@ -128,7 +131,8 @@ def verify(checkpoint: Mapping[str, Any], file: object) -> Pending:
         What is left to compare: the large entries.
 
     Raises:
-        CheckpointError: A tensor is not what was written, is missing or too many, or a callback's path holds ``..``.
+        CheckpointError: A tensor is not what was written, is missing or too many, or a `ModelCheckpoint`'s state
+            names a file outside its folder.
     """
     entry = checkpoint.get(KEY)
     pending = Pending(file, {}, {})
@@ -138,12 +142,11 @@ def verify(checkpoint: Mapping[str, Any], file: object) -> Pending:
         pending = Pending(file, tensors, entry[_DIGESTS])
         pending.check(*(key for key in checkpoint if key not in _LATER))
     for name, state in (checkpoint.get("callbacks") or {}).items():
-        for leaf in _texts(state):
-            if ".." in PurePosixPath(leaf).parts:  # a ModelCheckpoint removes what its state names
-                raise CheckpointError(
-                    f"{file}: the state of {name!r} names {leaf!r}, which leads out of its folder: no run writes that. "
-                    "Take a checkpoint that you trust"
-                )
+        for path in _outside(state):
+            raise CheckpointError(
+                f"{file}: the state of {name!r} names {path!r}, which leads out of its folder: no run writes that. "
+                "Take a checkpoint that you trust"
+            )
     return pending
 
 
@@ -165,6 +168,18 @@ def _tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _tensors(item, f"{place}[{index}]")
+
+
+def _outside(state: Any) -> Iterator[str]:
+    """The paths of a `ModelCheckpoint`'s state, which it removes in time, that lead out of its folder by ``..``."""
+    if not isinstance(state, Mapping) or not {"best_model_path", "best_k_models"} & state.keys():
+        return
+    folder = os.path.abspath(state["dirpath"]) if isinstance(state.get("dirpath"), str) else None
+    for path in _texts([state.get(key) for key in _REMOVED]):
+        if ".." not in PurePosixPath(path).parts:
+            continue  # Lightning itself leaves alone what lies elsewhere
+        if folder is None or os.path.commonpath([folder, os.path.abspath(path)]) != folder:
+            yield path
 
 
 def _texts(state: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from lightning_lora.errors import CheckpointError, WriteError
+from lightning_lora.io.atomic import recover
 from lightning_lora.io.checkpoint_file import KEY, read_checkpoint, write_checkpoint
 from lightning_lora.io.integrity import tensor_digest
 from lightning_lora.nn.sharded import is_sharded
@@ -56,7 +57,8 @@ _CLASSES = {
 
 
 def is_distributed(path: str | os.PathLike[str]) -> bool:
-    """Whether a distributed checkpoint stands at ``path``."""
+    """Whether a distributed checkpoint stands at ``path``; one that a killed process moved aside is put back."""
+    recover(path)
     return Path(path, META).is_file() and Path(path, INDEX).is_file()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lora.errors import CheckpointError, UnsupportedError, WriteError
-from lightning_lora.io.atomic import atomic_folder, remove_folder
-from lightning_lora.io.distributed import is_distributed, write_distributed
+from lightning_lora.errors import UnsupportedError, WriteError
+from lightning_lora.io.atomic import atomic_folder
+from lightning_lora.io.distributed import write_distributed
 from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import gathered, is_sharded_model
@@ -75,10 +75,6 @@ class ShardedStateMixin(AdapterStateMixin):
         path = Path(self.broadcast(filepath))
         if not self.writes_shards:
             if self.is_global_zero:
-                if is_distributed(path):
-                    remove_folder(path)
-                elif path.is_dir():
-                    raise CheckpointError(f"a checkpoint is to be written to {path}, and a folder stands there")
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRA, adapter_state_dict
 from lightning_lora.errors import CheckpointError
@@ -205,6 +208,35 @@ def test_row(row: Row, good: bytes, tmp_path: Path) -> None:
     assert not state or all(not t.any() for n, t in state.items() if n.endswith("lora_B"))  # nothing was half loaded
     assert not Path("ran").exists()
     resume(earlier)
+
+
+class Notes(L.Callback):
+    """A user's own state, which names no file that is removed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"note": "a/../b", "data": ["../data/train.jsonl"]}
+
+
+@pytest.mark.parametrize("logger", [False, True], ids=["default_root_dir", "CSVLogger"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_runs_own_paths_may_hold_two_dots(logger: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def fit(steps: int, ckpt: str | None = None) -> str:
+        saver = ModelCheckpoint(every_n_train_steps=1)
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=steps, callbacks=[LoRA(r=4), saver, Notes()], default_root_dir="../out",
+            logger=CSVLogger("../logs") if logger else False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module(), loader(), ckpt_path=ckpt)
+        assert trainer.global_step == steps
+        return saver.best_model_path
+
+    first = fit(2)
+    assert first.startswith("../")
+    assert fit(4, first).endswith("step=4.ckpt")
+    assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # the one that was resumed, which Lightning keeps, and the newest
 
 
 def test_no_flipped_bit_goes_unseen(good: bytes, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, ti
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOM = 30_000  # bytes; less than any of the files
+FOR_FOLDERS = 100_000  # bytes; more than an adapter folder's, less than a checkpoint's
 FULL, MAY_NOT = "could not be written: File too large", "could not be written: Permission denied"
 WAS = "What stood there before is as it was"
 
@@ -137,14 +139,15 @@ def test_row(row: Row, tmp_path: Path) -> None:
 
 
 class FullAfter(L.Callback):
-    """The disk is full from some step on."""
+    """The disk is full from some step on; `wait` is how long a writer of its own has for each step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, wait: float = 0.0, room: int = ROOM) -> None:
+        self.step, self.wait, self.room = step, wait, room
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        time.sleep(self.wait)
         if trainer.global_step == self.step:
-            full_disk(ROOM)()
+            full_disk(self.room)()
 
 
 def run(folder: Path, *callbacks: L.Callback, ckpt: Path | None = None, **kwargs: Any) -> L.Trainer:
@@ -162,6 +165,18 @@ def adapters_every_step(folder: Path) -> AdapterCheckpoint:
     return AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1)
 
 
+class SlowFolders(AdapterCheckpoint):
+    """Its checkpoint has failed before the old one's removal is asked for."""
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        time.sleep(0.3)
+        super()._remove_checkpoint(trainer, filepath)
+
+
+def slow_folders(folder: Path) -> AdapterCheckpoint:
+    return SlowFolders(folder, filename="{step}", every_n_train_steps=1, save_top_k=1)
+
+
 RUNS = [
     Row("run-disk-full", "WriteError", f"{FULL}. {WAS} ... Make room there",
         lambda d: run(d, FullAfter(2), every_step(d))),
@@ -169,6 +184,9 @@ RUNS = [
         lambda d: run(d, FullAfter(2), every_step(d), plugins=[AsyncCheckpointIO()])),
     Row("run-disk-full-adapters", "WriteError", f"{FULL}. {WAS} ... Make room there",
         lambda d: run(d, FullAfter(2), adapters_every_step(d))),
+    Row("run-disk-full-adapters-async", "WriteError", f"{FULL}. {WAS} ... Make room there",
+        lambda d: run(d, FullAfter(2, 0.2, FOR_FOLDERS), slow_folders(d), enable_checkpointing=True,
+                      plugins=[AsyncCheckpointIO()])),
 ]  # fmt: skip
 
 
@@ -177,7 +195,7 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_from_its_last_checkpoint(row: Row
     _, kind, text = forked(lambda: row.make(tmp_path))
     later = row.name.endswith("async")  # the save of step 2 may meet the full disk already
     row.check(kind, text, file=tmp_path / ("step=" if later else "step=3"))
-    (kept,) = tmp_path.glob("*.ckpt")
+    (kept,) = tmp_path.glob("*.ckpt")  # the old one is not removed
     assert read_checkpoint(kept)["global_step"] in ((1, 2) if later else (2,))
     if row.name.endswith("adapters"):
         load_adapter(LM(TinyNet()), tmp_path / "step=2")
@@ -206,7 +224,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path: Path) 
     _, kind, text = forked(work, without_rights)
     GOES_ON.check(kind, text, file=tmp_path / "step=1.ckpt")
     assert read_checkpoint(tmp_path / "step=4.ckpt")["global_step"] == 4
-    (tmp_path / "step=1.ckpt").chmod(0o700)
+    (left,) = tmp_path.glob(".step=1.ckpt.*")
+    left.chmod(0o700)
 
 
 def test_a_full_disk_at_the_merge_leaves_the_trained_adapters(tmp_path: Path) -> None:
