@@ -62,14 +62,15 @@ class AdapterFolder:
         recover(path)
         if not path.is_dir():
             raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
-        config = _read_json(path / CONFIG)
+        _check_there(path / CONFIG)
+        config = read_json(path / CONFIG)
         refuse_unbuilt(config, str(path / CONFIG))
         check_types(config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()
             hint = "its .bin is a pickle, which is not opened: save it" if pickled else "save the adapter"
             raise CheckpointError(f"{path} has no {WEIGHTS}; {hint} again as safetensors")
-        record = _read_json(path / RECORD) if (path / RECORD).exists() else {}
+        record = read_json(path / RECORD) if (path / RECORD).exists() else {}
         version = record.get("format", FORMAT)
         if not isinstance(version, int) or version < 1:
             raise CheckpointError(
@@ -289,15 +290,24 @@ def _near(names: list[str], where: str) -> str:
     return f" (nearest {where}: {names[0]!r});" if names else ";"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _check_there(path: Path) -> None:
     if not path.is_file():
         below = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
         hint = f"; there are adapters in its folders {below}: give one of them" if below else ""
         raise CheckpointError(f"{path.parent} is no adapter folder: it has no {path.name}{hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is none.
+    """
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path} could not be read: {error.strerror}. Give this user read permission") from error
+        remedy = ". Give this user read permission" if isinstance(error, PermissionError) else ""
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{remedy}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}. Take an earlier adapter") from error
     if not isinstance(value, dict):

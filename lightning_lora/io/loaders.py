@@ -14,7 +14,6 @@ does with it. What is found and not in a loader's table is no problem for that l
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from typing import Any
 from lightning_lora.config import scaling
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.io.atomic import recover
-from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder
+from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, read_json
 from lightning_lora.io.loader_rules import RULES, Facts, Loader
 from lightning_lora.io.peft_rules import check_types
 
@@ -109,7 +108,7 @@ def validate_adapter(
     if target != "all" and target not in LOADERS:
         raise ConfigError(f"`target` must be one of {[*LOADERS, 'all']}, got {target!r}")
     folder = _open(dir)
-    base = _read_json(Path(base_dir) / "config.json") if base_dir is not None else {}
+    base = read_json(Path(base_dir) / "config.json") if base_dir is not None else {}
     facts = Facts(folder, folder.shapes(), base.get("text_config", base), max_rank)
     names = list(LOADERS) if target == "all" else [target]
     try:
@@ -135,24 +134,12 @@ def _open(dir: str | os.PathLike[str]) -> AdapterFolder:
     recover(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no adapter folder at {path}")
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     check_types(config, str(path / CONFIG))
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} has no {WEIGHTS}; pickles (.bin) are not opened: save it as safetensors")
     config = {key: value for key, value in config.items() if value is not None}
-    return AdapterFolder(path, config, _read_json(path / RECORD) if (path / RECORD).exists() else {})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return AdapterFolder(path, config, read_json(path / RECORD) if (path / RECORD).exists() else {})
 
 
 def _scale_peft(folder: AdapterFolder, name: str, rank: int) -> float:
@@ -186,7 +173,14 @@ _SERVERS = {
 }
 
 LOADERS: dict[str, Loader] = {
-    "peft": Loader(_scale_peft, {**_EVERY, "prefix": "takes them for missing and only warns"}),
+    "peft": Loader(
+        _scale_peft,
+        {
+            **_EVERY,
+            "prefix": "takes them for missing and only warns",
+            "whole_module": "finds them over the whole module alone, not over the transformers model",
+        },
+    ),
     "vllm": Loader(
         _scale_global,
         {

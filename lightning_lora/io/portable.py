@@ -33,6 +33,7 @@ from lightning_lora.model.targets import is_adaptable, matches
 from lightning_lora.nn.linear import LoRALinear, linear_shape
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.sharded import is_sharded
 
 #: Largest relative error of an update that the read-back may find, by the dtype of the file.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -60,7 +61,8 @@ def portable_contents(
     tensors = {}
     for name, module in adapted.items():
         factors = dict(zip("AB", _folded(module, rank), strict=True))
-        tensors.update({f"{PREFIX}{name}.lora_{x}.weight": _cast(name, f, dtype) for x, f in factors.items()})
+        cast = {x: fitting_cast(name, f, dtype or torch.float32) for x, f in factors.items()}
+        tensors.update({f"{PREFIX}{name}.lora_{x}.weight": factor for x, factor in cast.items()})
     for name in zeros:
         inn, out = linear_shape(plain[name])
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _start(name, inn, rank, tensors, dtype)
@@ -185,7 +187,7 @@ def _common_rank(adapted: Mapping[str, LoRALinear]) -> int:
 
 def _folded(module: LoRALinear, rank: int) -> tuple[Tensor, Tensor]:
     """A and B in fp32 on the CPU, the scale in B, both padded with zeros to `rank`."""
-    if type(module.lora_A).__name__ == "DTensor" or module.lora_A.is_meta:
+    if is_sharded(module.lora_A) or module.lora_A.is_meta:
         raise UnsupportedError("adapters are sharded or on the meta device: they are written from whole tensors")
     A, B = (factor.detach().float().cpu() for factor in (module.lora_A, module.lora_B))
     missing = rank - module.r
@@ -193,10 +195,15 @@ def _folded(module: LoRALinear, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
 
 
-def _cast(name: str, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    cast = factor.to(dtype or torch.float32).contiguous()
-    if cast.isinf().any() and not factor.isinf().any():
-        raise UnsupportedError(f"{name!r}: values up to {factor.abs().max():.3g} do not fit {dtype}: use bf16 or fp32")
+def fitting_cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in another dtype.
+
+    Raises:
+        UnsupportedError: Its values have no room there.
+    """
+    cast = tensor.to(dtype).contiguous()
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise UnsupportedError(f"{name!r}: values up to {tensor.abs().max():.3g} do not fit {dtype}: use bf16 or fp32")
     return cast
 
 

@@ -148,7 +148,7 @@ ROWS = [
         "its .bin is a pickle, which is not opened: save it again as safetensors", pickled),
     Row("adapter-weights-are-a-folder", "CheckpointError",
         "has no adapter_model.safetensors; save the adapter again", folder_of_tensors),
-    Row("adapter-unreadable", "CheckpointError", "could not be read ... Give this user read permission",
+    Row("adapter-unreadable", "CheckpointError", "cannot be read ... Give this user read permission",
         lambda p: (p / CONFIG).chmod(0)),
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_lora.model.apply import (
     apply_lora,
     set_adapter_scale,
 )
+from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 61
@@ -78,7 +80,7 @@ def test_a_plain_model_is_converted_as_the_folder_says(quantize: str, tmp_path: 
     assert torch.equal(logits(other), logits(model))
     assert adapter_record(other).config == adapter_record(model).config
     assert report.tensors == len(adapter_state_dict(model))
-    assert report.delta_error == 0.0
+    assert report.delta_error < 1e-7
 
 
 def test_a_converted_model_is_filled_in_place(tmp_path: Path) -> None:
@@ -184,6 +186,26 @@ def test_weights_that_became_nan_are_written_as_they_are(tmp_path: Path) -> None
     next(iter(adapter_state_dict(model).values())).fill_(float("nan"))
     save_adapter(model, tmp_path / "a")
     assert load_file(tmp_path / "a" / WEIGHTS)[A_KEY].isnan().all()
+
+
+def test_what_a_cast_does_is_measured_and_an_overflow_refused(tmp_path: Path) -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    for _, module in adapter_modules(model):
+        if isinstance(module, LoRALinear):
+            module.lora_B.data.zero_()
+    assert save_adapter(model, tmp_path / "a").delta_error < 1e-7
+    assert 1e-4 < save_adapter(model, tmp_path / "a", dtype="bf16").delta_error < 1e-2  # of the head
+    factor = next(iter(adapter_state_dict(model).values()))
+    factor.fill_(1e6)
+    for large in (factor, model.lm_head.trained.weight.data):
+        large.fill_(1e6)
+        with pytest.raises(UnsupportedError, match="values up to 1e\\+06 do not fit torch.float16: use bf16"):
+            save_adapter(model, tmp_path / "b", dtype="fp16")
+        large.zero_()
+    assert not (tmp_path / "b").exists()
+    factor.fill_(float("nan"))
+    for dtype in (None, "fp16"):
+        assert math.isnan(save_adapter(model, tmp_path / "a", dtype=dtype).delta_error)
 
 
 def test_batchnorm_statistics_of_a_saved_module_travel(tmp_path: Path) -> None:

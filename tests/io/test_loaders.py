@@ -92,7 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], Change, set[str]]] = {
     "incomplete": ({}, lambda f: edit_tensors(f, lambda t: t.pop(f"{P}{Q}.lora_B.weight")), ALL),
     "prefix": ({}, lambda f: edit_tensors(f, rename(P, "")), {"peft", "tgi"}),
     "names": ({}, lambda f: edit_tensors(f, rename(P, P + "_orig_mod.")), ALL),
-    "whole_module": ({}, whole_module, SERVERS),
+    "whole_module": ({}, whole_module, ALL),
     "fields": ({}, lambda f: edit(f, target_modules=None), {"vllm", "sglang"}),
     "dora": ({}, lambda f: edit_tensors(f, add(f"{Q}.lora_magnitude_vector", 64)), SERVERS),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, lambda f: None, SERVERS),
