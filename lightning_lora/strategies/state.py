@@ -200,9 +200,10 @@ class AdapterStateMixin(Strategy):
         (place, entry), self._resumed = self._resumed, None
         if place == "start":
             return
-        for loader in torch.utils._pytree.tree_leaves(self._trainer.train_dataloader):
-            for text in lost_places(loader, place):
-                self._notice(text)
+        if len(entry["rng"]) == self.world_size:  # else it was said that the epoch's data begins anew
+            for loader in torch.utils._pytree.tree_leaves(self._trainer.train_dataloader):
+                for text in lost_places(loader, place):
+                    self._notice(text)
         if place == "inside":
             set_accumulation(self._trainer)
         for text in [*self._unfinished.finish(self._trainer, entry), *self._put_gradients_back(entry)]:
