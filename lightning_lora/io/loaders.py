@@ -27,6 +27,9 @@ from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, rea
 from lightning_lora.io.loader_rules import RULES, Facts, Loader
 from lightning_lora.io.peft_rules import check_types
 
+#: What "ok" does not say.
+NOT_JUDGED = "not judged: whether a server knows the base's architecture and takes adapters on these of its modules"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -79,6 +82,8 @@ class ValidationReport:
         for name, problems in self.loaders.items():
             lines.append(f"  {name}: {'no' if problems else 'ok'}")
             lines += [f"    - {problem}" for problem in problems]
+        if set(self.loaders) - {"peft"}:
+            lines.append(f"  {NOT_JUDGED}")
         return "\n".join(lines)
 
 
@@ -99,7 +104,8 @@ def validate_adapter(
         base_dir: Folder of the base model; with it the number of its layers and its tied embeddings count too.
 
     Returns:
-        Problems by loader; ``report.ok`` without any.
+        Problems by loader; ``report.ok`` without any. Whether a server knows the base's architecture, and takes
+        adapters on modules of these names there, is not judged.
 
     Raises:
         ConfigError: No such target.

@@ -83,6 +83,8 @@ def test_a_plain_adapter_is_ok_everywhere(tmp_path: Path) -> None:
     assert report.problems == []
     assert report.to_dict()["ok"] is True
     assert "vllm: ok" in str(report)
+    assert "not judged: whether a server knows the base's architecture" in str(report)
+    assert "not judged" not in str(validate_adapter(tmp_path / "a", "peft"))
 
 
 # rule: (configuration of the adapter, what is done to the folder, who has a problem)
