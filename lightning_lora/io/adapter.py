@@ -49,7 +49,7 @@ from lightning_lora.io.folder import (
     compare_shapes,
     package_version,
 )
-from lightning_lora.io.integrity import digests
+from lightning_lora.io.integrity import digests, first_not_finite
 from lightning_lora.io.litgpt import convert_litgpt, is_litgpt
 from lightning_lora.io.names import (
     adapter_root,
@@ -173,7 +173,7 @@ def _save(model: nn.Module, path: Path, layout: str, dtype: str | None) -> Saved
     else:
         config, tensors = _contents(model, cast)
         record = _record_entry(model, adapter_record(model))
-    record |= {"format": FORMAT, "digests": digests(tensors.items())}
+    record |= {"format": FORMAT, "digests": digests(tensors.items()), "finite": first_not_finite(tensors) is None}
     with atomic_folder(path) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -97,7 +97,8 @@ class AdapterFolder:
         if verified is not None and stamp in verified:
             return self._read()
         tensors = self.tensors()
-        check_finite(tensors, self.path)
+        if not (self.record.get("finite") is True and isinstance(self.record.get("digests"), Mapping)):
+            check_finite(tensors, self.path)  # else values with these digests were seen to be finite when written
         if verified is not None:
             verified.add(stamp)
         return tensors

@@ -91,18 +91,26 @@ def check_digests(expected: Mapping[str, str], tensors: Mapping[str, Tensor], fi
 
 
 @torch.no_grad()
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or inf."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            continue
+        fast = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))  # finite sum: finite values
+        if not (fast.isfinite() or tensor.isfinite().all()):
+            return name
+    return None
+
+
 def check_finite(tensors: Mapping[str, Tensor], file: object) -> None:
     """See that no tensor holds NaN or inf.
 
     Raises:
         CheckpointError: One does.
     """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            continue
-        fast = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))  # finite sum: finite values
-        if not (fast.isfinite() or tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{file}: {name!r} holds NaN or inf: the run had diverged when it was written. Take an earlier one, "
-                "and train with a smaller learning rate or with gradient clipping"
-            )
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise CheckpointError(
+            f"{file}: {name!r} holds NaN or inf: the run had diverged when it was written. Take an earlier one, "
+            "and train with a smaller learning rate or with gradient clipping"
+        )

@@ -208,6 +208,24 @@ def test_what_a_cast_does_is_measured_and_an_overflow_refused(tmp_path: Path) ->
         assert math.isnan(save_adapter(model, tmp_path / "a", dtype=dtype).delta_error)
 
 
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize("value", [1e30, float("nan")])
+def test_a_folder_says_whether_its_values_are_finite(value: float, dtype: Any, tmp_path: Path) -> None:
+    """So that a digest is enough where they are; they are looked at where it says nothing, or no."""
+    model = adapted()
+    next(iter(adapter_state_dict(model).values())).fill_(value)
+    save_adapter(model, tmp_path / "a", dtype=dtype)
+    finite = math.isfinite(value)
+    assert json.loads((tmp_path / "a" / RECORD).read_text())["finite"] is finite
+    for _ in range(2):
+        if finite:
+            load_adapter(adapted(), tmp_path / "a")
+        else:
+            with pytest.raises(CheckpointError, match="holds NaN or inf"):
+                load_adapter(adapted(), tmp_path / "a")
+        edit(tmp_path / "a", RECORD, finite=None)  # as written by an earlier version
+
+
 def test_batchnorm_statistics_of_a_saved_module_travel(tmp_path: Path) -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
