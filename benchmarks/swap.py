@@ -112,7 +112,7 @@ def swaps(shape: dict, dtype: str, rounds: int, scratch: Path) -> tuple[float, d
             "`load_file` and copy": read_and_copy,
             "copy": copy,
             "`load_adapter`, a file seen before": lambda: load_adapter(model, next_folder()),
-            "`load_adapter`, a new file: digests and values checked": first,
+            "`load_adapter`, a new file: digests checked": first,
             "`set_adapter`": swap,
             "`use_adapter`, in and out": borrow,
         },
