@@ -18,10 +18,11 @@ import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_lora import AdapterDeepSpeedStrategy, load_from_checkpoint
+from lightning_lora import AdapterDeepSpeedStrategy, LoRAConfig, adapter_state_dict, apply_lora, load_from_checkpoint
 from lightning_lora.errors import CheckpointError, ConfigError, MissingDependencyError, Notice, UnsupportedError
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.zero_files import check_pickles
+from lightning_lora.strategies.deepspeed import adapters_only
 from lightning_lora.strategies.zero_options import refuse_options
 from tests.helpers import LM, loader, tiny_llama
 
@@ -223,6 +224,17 @@ def test_options_that_do_not(config: dict[str, Any], given: dict[str, Any], text
     with pytest.raises(UnsupportedError) as caught:
         refuse_options(config, **{"full_weights": False, "remote_device": None, **given})
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_what_deepspeed_asks_for_inside_a_save(quantize: Any) -> None:
+    """The adapters alone: DeepSpeed leaves frozen parameters out by itself, but no buffers, as packed codes are."""
+    module = LM(tiny_llama(vocab=64))
+    apply_lora(module, LoRAConfig(r=4, quantize=quantize))
+    before = module.state_dict().keys()
+    with adapters_only(module):
+        assert module.state_dict().keys() == adapter_state_dict(module).keys()
+    assert module.state_dict().keys() == before > adapter_state_dict(module).keys()
 
 
 @needs_deepspeed
