@@ -54,7 +54,7 @@ def together(what: str, kind: type[Exception]) -> Iterator[None]:
 
     Every rank enters and leaves it. Blocks may be nested: an error that every rank has heard of passes the outer
     block without another word. A rank that is killed inside the block closes its connections, by which the others'
-    wait ends.
+    wait ends: under gloo at once, under NCCL when its watchdog's timeout has passed.
 
     Args:
         what: What the block does, for the text of the error: "save run.ckpt".

@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRA, LoRAConfig, apply_lora, save_adapter
-from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora import AdapterCheckpoint, LoRA, LoRAConfig, apply_lora, save_adapter
+from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
 from lightning_lora.io.folder import AdapterFolder
 from tests.bad_input.row import Row
 from tests.helpers import LM, TinyNet, loader, make_trainer
@@ -90,14 +90,23 @@ class AtSecondSave(L.Callback):
         return {"found": self.what() if here and self.saves == 2 else None}
 
 
-def folder_in_the_way(folder: Path) -> None:
-    """The writer raises: where its second file goes, a folder stands."""
-    (folder / "step=2.ckpt").mkdir()
+def folder_in_the_way(folder: Path, name: str = "step=2.ckpt") -> None:
+    """The writer raises: where its second file, or the adapter folder beside it, goes, a user's folder stands."""
+    (folder / name).mkdir()
+    (folder / name / "mine.txt").write_text("mine")
+
+
+def bad_state() -> None:
+    raise ValueError("no state")
 
 
 ROWS = [
     Row("rank-raises", "WriteError", "rank 0 failed to save ... and so all stop: ... choose another path",
         lambda folder: AtSecondSave(0, lambda: folder_in_the_way(folder))),
+    Row("rank-raises-adapter", "WriteError", "rank 0 failed to save ... and so all stop: ... Choose another folder",
+        lambda folder: AtSecondSave(0, lambda: folder_in_the_way(folder, "step=2"))),
+    Row("rank-raises-second", "WriteError", "another rank ended while this one was to save ... start all of them",
+        lambda folder: AtSecondSave(1, bad_state)),
     Row("rank-killed-writing", "WriteError", "another rank ended while this one was to save ... start all of them",
         lambda folder: AtSecondSave(0, Kill)),
     Row("rank-killed-waiting", "WriteError", "another rank ended while this one was to save ... start all of them",
@@ -108,10 +117,11 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_no_rank_waits_for_ever(row: Row, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    adapters = row.name.endswith("adapter")
 
     def work() -> None:
         torch.manual_seed(0)
-        saver = ModelCheckpoint(
+        saver = (AdapterCheckpoint if adapters else ModelCheckpoint)(
             folder, filename="{step}", every_n_train_steps=1, save_top_k=1, enable_version_counter=False
         )
         callbacks = [LoRA(r=4), saver, row.make(folder)]
@@ -126,10 +136,11 @@ def test_no_rank_waits_for_ever(row: Row, tmp_path: Path) -> None:
     pids = [start(work, outs[rank], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
     statuses = ended(pids)
     assert all(status != 0 for status in statuses)
-    survivor = 0 if row.name == "rank-killed-waiting" else 1
-    row.check(*json.loads(outs[survivor].read_text()), file=folder / "step=2.ckpt")
-    if row.name == "rank-raises":
-        assert json.loads(outs[0].read_text())[0] == "CheckpointError"
+    survivor = 0 if row.name in ("rank-killed-waiting", "rank-raises-second") else 1
+    row.check(*json.loads(outs[survivor].read_text()), file=folder / ("step=2" if adapters else "step=2.ckpt"))
+    if row.name.startswith("rank-raises"):
+        kind = "ValueError" if survivor == 0 else "CheckpointError"
+        assert json.loads(outs[1 - survivor].read_text())[0] == kind
     else:
         assert os.WTERMSIG(statuses[1 - survivor]) == signal.SIGKILL
     assert read_checkpoint(folder / "step=1.ckpt")["global_step"] == 1
@@ -154,18 +165,35 @@ def test_two_runs_that_write_one_adapter(tmp_path: Path) -> None:
     pids = [start(lambda v=v: work(v), tmp_path / f"{v}.json") for v in (1.0, 2.0)]
     assert ended(pids) == [0, 0], [(tmp_path / f"{v}.json").read_text() for v in (1.0, 2.0)]
     tensors = AdapterFolder.open(tmp_path / "adapter").tensors()
-    assert len({float(t.mean()) for name, t in tensors.items() if "lora_B" in name}) == 1
+    assert {float(t.mean()) for name, t in tensors.items() if "lora_B" in name} in ({1.0}, {2.0})  # whole, of one run
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+class AfterTheOther(L.Callback):
+    """Both runs are at work at once: the second begins to save when the first has, and the first waits for that."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file = step, file
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        limit = time.monotonic() + LIMIT
+        while trainer.global_step == self.step and not self.file.exists() and time.monotonic() < limit:
+            time.sleep(0.005)
 
 
 def test_two_runs_that_save_into_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    first, second = AfterTheOther(6, folder / "last-v1.ckpt"), AfterTheOther(0, folder / "last.ckpt")
 
-    def work() -> None:
+    def work(seed: int, wait: L.Callback) -> None:
+        torch.manual_seed(seed)
         saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
-        make_trainer(folder, [LoRA(r=4), saver], max_steps=12).fit(LM(TinyNet()), loader())
+        make_trainer(folder, [LoRA(r=4), saver, wait], max_steps=12).fit(LM(TinyNet()), loader())
 
-    pids = [start(work, tmp_path / f"{i}.json") for i in (1, 2)]
+    pids = [start(lambda i=i, w=w: work(i, w), tmp_path / f"{i}.json") for i, w in ((1, first), (2, second))]
     assert ended(pids) == [0, 0], [(tmp_path / f"{i}.json").read_text() for i in (1, 2)]
-    found = [read_checkpoint(path)["global_step"] for path in folder.glob("*.ckpt")]
-    assert 12 in found
+    found = {path.name: read_checkpoint(path) for path in folder.glob("*.ckpt")}  # every one of them is whole
+    assert [found[name]["global_step"] for name in ("last.ckpt", "last-v1.ckpt")] == [12, 12]
+    assert {name for name in found if name.startswith("step=12")}
+    bases = [found[name][KEY]["fingerprint"] for name in ("last.ckpt", "last-v1.ckpt")]
+    assert bases[0] != bases[1]  # each is of its own run
