@@ -6,11 +6,12 @@ from __future__ import annotations
 import itertools
 
 from lightning_lora import errors
-from tests.bad_input import test_adapters, test_checkpoints, test_ranks, test_writing
+from tests.bad_input import test_adapters, test_checkpoints, test_ranks, test_shards, test_writing
 from tests.bad_input.row import page_rows
 
 ROWS = [
     *test_checkpoints.ROWS,
+    *test_shards.ROWS,
     *test_adapters.ROWS,
     *test_adapters.MODELS,
     *test_writing.ROWS,
