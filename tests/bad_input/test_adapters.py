@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_to_disk, save_adapter
 from lightning_lora.io.folder import CONFIG, FORMAT, PREFIX, RECORD, WEIGHTS
-from lightning_lora.io.integrity import digests
+from lightning_lora.io.integrity import digests, first_not_finite
 from lightning_lora.model.apply import adapter_state_dict, is_adapted
 from tests.bad_input.row import Row, forked, raised, without_rights
 from tests.helpers import TinyNet, random_adapters
@@ -46,13 +46,14 @@ def raw(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """A folder that is whole and holds other tensors."""
+    """A folder that is whole and holds other tensors, as they are written when a model has them."""
 
     def make(folder: Path) -> None:
         state = load_file(folder / WEIGHTS)
         change(state)
         save_file(state, folder / WEIGHTS)
-        fields(RECORD, digests=digests(state.items()))(folder)
+        finite = first_not_finite({name: t for name, t in state.items() if t.is_floating_point()}) is None
+        fields(RECORD, digests=digests(state.items()), finite=finite)(folder)
 
     return make
 
