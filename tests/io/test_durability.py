@@ -183,7 +183,10 @@ def test_a_run_cut_after_any_call_keeps_the_newest_checkpoint(saver: str, later:
     for count in range(1, len(calls) + 1):
         folder = tmp_path / str(count)
         done = traced(lambda: fit(saver, later, folder, steps=2), log, die_after=count)  # noqa: B023
-        steps = [read_checkpoint(path)["global_step"] for path in folder.glob("*.ckpt")]
+        there = list(folder.glob("*.ckpt"))
+        if later and saver == "ModelCheckpoint":  # Lightning links to a file to come; `AdapterCheckpoint` waits for it
+            there = [path for path in there if path.exists()]
+        steps = [read_checkpoint(path)["global_step"] for path in there]
         durable = [i for i, c in enumerate(done) if c.kind == "rename" and c.other.endswith(".ckpt")]
         assert bool(steps) == bool(durable)
         if durable:
