@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from lightning_lora.config import LoRAConfig
@@ -19,18 +19,7 @@ from lightning_lora.io.merge import merge_adapters
 from lightning_lora.io.merged_folder import check_target, write_merged
 from lightning_lora.model.apply import apply_lora
 from tests.helpers import LM, TinyNet, named_tensors, random_adapters, tiny_gpt2, tiny_llama
-
-IDS = torch.arange(32).view(2, 16) % 61
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out = model.eval()(IDS)
-    return (out.logits if hasattr(out, "logits") else out).float()
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+from tests.io.merging import IDS, error, logits
 
 
 def adapted(base: nn.Module, **config: Any) -> nn.Module:
