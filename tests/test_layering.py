@@ -70,7 +70,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge_disk",
     ),
     "forgetting": (
-        *("statistics", "bank", "sources", "catalogue", "tasks"),
+        *("statistics", "sequential", "bank", "sources", "catalogue", "tasks"),
         *("encoding", "forward", "scoring", "monitor"),
     ),
     "reporting": ("forgetting",),
