@@ -70,8 +70,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge_disk",
     ),
     "forgetting": (
-        *("statistics", "sequential", "bank", "sources", "catalogue", "tasks"),
-        *("encoding", "forward", "scoring", "monitor"),
+        *("statistics", "sequential", "arguments", "schedule", "bank", "sources", "catalogue", "tasks"),
+        *("encoding", "forward", "scoring", "report", "monitor"),
     ),
     "reporting": ("forgetting",),
     "strategies": (

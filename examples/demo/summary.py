@@ -8,7 +8,7 @@ from pathlib import Path
 
 from demo.table import bytes_of, section, size
 from lightning_lora import AdapterCheckpoint, ApplyReport, ForgettingMonitor
-from lightning_lora.forgetting.monitor import TaskReport
+from lightning_lora.forgetting.report import TaskReport
 from lightning_lora.io.merge import MergeReport
 from small_base.data import MODEL_DIR
 

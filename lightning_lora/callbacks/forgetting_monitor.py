@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,8 +14,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, Notice, TaskError, UnsupportedError
+from lightning_lora.forgetting.arguments import (
+    as_fractions,
+    as_steps,
+    as_tasks,
+    check_choice,
+    check_counts,
+    check_levels,
+    task_label,
+)
 from lightning_lora.forgetting.encoding import name_tokenizer
-from lightning_lora.forgetting.monitor import Monitor, Report, check_levels
+from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
+from lightning_lora.forgetting.report import Report
+from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
 from lightning_lora.model.apply import is_adapted
@@ -62,6 +72,7 @@ class ForgettingMonitor(Callback):
         every_n_steps: Look whenever so many optimizer steps have been taken; None for never.
         every_n_epochs: Look at the end of every so many epochs; None for never.
         at_steps: Further optimizer steps at which to look, from 1.
+        at_fractions: Further shares of the run at which to look, such as ``[0.1, 0.5]``; above 0, up to 1.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
         items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each.
@@ -88,6 +99,7 @@ class ForgettingMonitor(Callback):
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
         at_steps: Sequence[int] = (),
+        at_fractions: Sequence[float] = (),
         on_fit_start: bool = True,
         on_fit_end: bool = True,
         items_per_eval: int = 250,
@@ -100,17 +112,19 @@ class ForgettingMonitor(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_action(on_forgetting)
+        if on_forgetting in _LATER:
+            raise UnsupportedError(
+                f"`on_forgetting`={on_forgetting!r} is not built in this version; use one of {', '.join(_ACTIONS)}."
+            )
+        check_choice("on_forgetting", on_forgetting, _ACTIONS)
         check_levels(tolerance, alpha)
-        _check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
-        _check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
-        _check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
-        self.tasks = _as_tasks(tasks)
+        check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
+        check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
+        check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
+        self.tasks = as_tasks("tasks", tasks)
         self.tokenizer = tokenizer
         self.forward = forward
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = every_n_epochs
-        self.at_steps = _as_steps(at_steps)
+        self.schedule = Schedule(every_n_steps, every_n_epochs, as_steps(at_steps), as_fractions(at_fractions))
         self.look_at_start = on_fit_start
         self.verdict_at_end = on_fit_end
         self.items_per_eval = items_per_eval
@@ -121,15 +135,20 @@ class ForgettingMonitor(Callback):
         self.alpha = alpha
         self.on_forgetting = on_forgetting
         self.seed = seed
-        if not (every_n_steps or every_n_epochs or self.at_steps or on_fit_start or on_fit_end):
+        if not (self.schedule or on_fit_start or on_fit_end):
             raise ConfigError(
-                "ForgettingMonitor would never look. Set `every_n_steps`, `every_n_epochs`, `at_steps`, `on_fit_start` "
-                "or `on_fit_end`."
+                "ForgettingMonitor would never look. Set `every_n_steps`, `every_n_epochs`, `at_steps`, "
+                "`at_fractions`, `on_fit_start` or `on_fit_end`."
             )
+        #: Measure something else at each look; see `Observer`. To be filled before `fit`.
+        self.observers: list[Observer] = []
+        #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
+        self.recorders: list[Recorder] = []
         self._loaded: dict[str, LoadedTask] | None = None
         self._monitor: Monitor | None = None
         self._scorer: Scorer | None = None
         self._restored: dict[str, Any] | None = None
+        self._length = RunLength(None, None)
         self._seen_step = 0
         self._unlogged: dict[str, float] = {}
         self._stopping = False
@@ -149,7 +168,7 @@ class ForgettingMonitor(Callback):
     @override
     def state_key(self) -> str:
         # Two monitors may stand side by side, with other tasks or another schedule.
-        return self._generate_state_key(tasks=[_name(task) for task in self.tasks], seed=self.seed)
+        return self._generate_state_key(tasks=[task_label(task) for task in self.tasks], seed=self.seed)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,14 +185,23 @@ class ForgettingMonitor(Callback):
                 pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
             )
         history = self._monitor
-        self._monitor = Monitor(self._loaded, self.items_per_eval, self.seed, self.tolerance, self.alpha)
+        self._monitor = Monitor(
+            self._loaded,
+            self.items_per_eval,
+            self.seed,
+            self.tolerance,
+            self.alpha,
+            self.observers,
+            self.recorders,
+        )
         if self._restored is None and history is not None:
             self._restored = history.state_dict()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_up(trainer.global_step)
-        self._warn_of_late_steps(trainer)
+        self._length = _length(trainer)
+        self._check_steps(trainer)
         if self.look_at_start and not self._monitor_or_fail().history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
             self._unlogged = self._look(trainer).metrics()
@@ -184,13 +212,13 @@ class ForgettingMonitor(Callback):
     ) -> None:
         before, self._seen_step = self._seen_step, trainer.global_step
         metrics, self._unlogged = self._unlogged, {}
-        if self.is_due(before, trainer.global_step):
+        if self.schedule.is_due(before, trainer.global_step, self._length.steps):
             metrics = self._look(trainer).metrics()
         pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=True, on_epoch=False)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        due = self.schedule.is_due_after_epoch(trainer.current_epoch + 1)
         if due and self._monitor_or_fail().last_step != trainer.global_step:
             metrics = self._look(trainer).metrics()
             pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=False, on_epoch=True)
@@ -212,37 +240,9 @@ class ForgettingMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def is_due(self, before: int, now: int) -> bool:
-        """Whether the schedule has a look among the optimizer steps after ``before`` up to ``now``.
-
-        Gradient accumulation repeats a step and several optimizers jump over some, so a look is due when its
-        step is passed, not when it is met.
-
-        Args:
-            before: optimizer steps taken when this was asked last.
-            now: optimizer steps taken.
-        """
-        n = self.every_n_steps
-        return (n is not None and now // n > before // n) or any(before < s <= now for s in self.at_steps)
-
-    def looks_left(self, trainer: Trainer) -> int | None:
-        """Looks and the verdict after the present step, or None when the length of the run is not known."""
-        end = _last_step(trainer)
-        if end is None:
-            return None
-        due = set(self.at_steps)
-        if self.every_n_steps is not None:
-            due.update(range(self.every_n_steps, end + 1, self.every_n_steps))
-        if self.every_n_epochs is not None:
-            if math.isinf(trainer.num_training_batches):
-                return None
-            epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * self.every_n_epochs
-            due.update(range(epoch, end + 1, epoch))
-        return sum(trainer.global_step < step <= end for step in due) + self.verdict_at_end
-
     def _load(self, local_rank: int) -> dict[str, LoadedTask]:
         """Load the tasks, on the first rank of each machine first: it fills the cache that others read."""
-        rank_zero_info(f"ForgettingMonitor loads {len(self.tasks)} task(s): {', '.join(map(_name, self.tasks))}")
+        rank_zero_info(f"ForgettingMonitor loads {len(self.tasks)} task(s): {', '.join(map(task_label, self.tasks))}")
         loaded: dict[str, LoadedTask] | None = None
         if rank_and_world()[1] > 1:
             with together("load tasks", TaskError):
@@ -263,9 +263,14 @@ class ForgettingMonitor(Callback):
         self._seen_step = step
         self._stopping = False
 
-    def _warn_of_late_steps(self, trainer: Trainer) -> None:
-        end = _last_step(trainer)
-        late = [] if end is None else [step for step in self.at_steps if step > end]
+    def _check_steps(self, trainer: Trainer) -> None:
+        end = self._length.steps
+        if end is None and self.schedule.at_fractions:
+            raise ConfigError(
+                "`at_fractions` are shares of the run, and its length is not known. Set the Trainer's `max_steps`, or "
+                "use `every_n_steps` or `at_steps`."
+            )
+        late = self.schedule.late(end)
         if late and trainer.is_global_zero:
             warnings.warn(
                 f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.",
@@ -277,9 +282,11 @@ class ForgettingMonitor(Callback):
         monitor = self._monitor_or_fail()
         if self._scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
-        take, left = (monitor.verdict, 0) if verdict else (monitor.look, self.looks_left(trainer))
+        step = trainer.global_step
+        after = 0 if verdict else self.schedule.looks_left(step, self._length)
+        left = None if after is None else after + 1 + (self.verdict_at_end and not verdict)
         with together("look at forgetting", TaskError):
-            report = take(self._scorer, trainer.global_step, None if left is None else left + 1)
+            report = (monitor.verdict if verdict else monitor.look)(self._scorer, step, left)
         rank_zero_info(report.summary())
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
@@ -324,59 +331,14 @@ def _when_it_stops(trainer: Trainer) -> str:
     )
 
 
-def _check_action(on_forgetting: str) -> None:
-    if on_forgetting in _LATER:
-        raise UnsupportedError(
-            f"`on_forgetting`={on_forgetting!r} is not built in this version; use one of {', '.join(_ACTIONS)}."
-        )
-    if on_forgetting not in _ACTIONS:
-        raise ConfigError(f"`on_forgetting` must be one of {', '.join(_ACTIONS)}: got {on_forgetting!r}.")
-
-
-def _check_counts(least: int = 1, none_too: bool = False, **counts: Any) -> None:
-    for name, value in counts.items():
-        if value is None and none_too:
-            continue
-        if not _is_int(value):
-            raise ConfigError(f"`{name}` must be a whole number{' or None' if none_too else ''}: got {value!r}.")
-        if value < least:
-            raise ConfigError(f"`{name}` must be {least} or more: got {value}.")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_steps(at_steps: Any) -> tuple[int, ...]:
-    if isinstance(at_steps, str) or not isinstance(at_steps, Iterable):
-        raise ConfigError(f"`at_steps` must be a list of optimizer steps, such as [100]: got {at_steps!r}.")
-    steps = tuple(at_steps)
-    wrong = [step for step in steps if not _is_int(step) or step < 1]
-    if wrong:
-        raise ConfigError(
-            f"`at_steps` must hold whole numbers of 1 or more: got {wrong}. `on_fit_start` looks before the first step."
-        )
-    return steps
-
-
-def _as_tasks(tasks: Any) -> list[Any]:
-    kinds = (str, Mapping, Path)
-    given = [tasks] if isinstance(tasks, kinds) else list(tasks) if isinstance(tasks, Iterable) else None
-    if given is None or not all(isinstance(task, kinds) for task in given):
-        raise ConfigError(f"`tasks` must be task names, YAML paths or dicts, one or a list of them: got {tasks!r}.")
-    if not given:
-        raise ConfigError("`tasks` is empty: give at least one task name, YAML path or dict.")
-    return given
-
-
-def _last_step(trainer: Trainer) -> int | None:
-    """Optimizer steps after which the run ends by plan, or None when nobody knows."""
+def _length(trainer: Trainer) -> RunLength:
+    """How long the run is by plan."""
     try:
         end = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes with the epoch
         end = trainer.max_steps
-    return int(end) if 0 < end < math.inf else None
-
-
-def _name(task: Any) -> str:
-    return str(task.get("task")) if isinstance(task, Mapping) else str(task)
+    batches = trainer.num_training_batches
+    return RunLength(
+        steps=int(end) if 0 < end < math.inf else None,
+        epoch=None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches),
+    )

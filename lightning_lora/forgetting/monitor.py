@@ -13,15 +13,16 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
 from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting import statistics
+from lightning_lora.forgetting.arguments import check_levels
 from lightning_lora.forgetting.bank import ItemBank
+from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
 from lightning_lora.model.apply import adapter_modules, disable_adapters
@@ -30,85 +31,24 @@ from lightning_lora.ranks import rank_and_world
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TaskReport:
-    """One task, or all together: the model against its base on the same items.
-
-    Args:
-        acc: accuracy of the model [share of items].
-        acc_base: accuracy of the base on the same items [share of items].
-        delta: acc less acc_base; below 0 is forgetting [share of items].
-        delta_se: standard error of the paired difference [share of items].
-        flips_lost: right with the base and wrong now [items].
-        flips_gained: wrong with the base and right now [items].
-        soft_delta: paired difference of soft accuracy [share of items].
-        soft_delta_se: its standard error [share of items].
-        n_items: how many items were compared.
-        p_value: exact McNemar test, two-sided, that answers are lost as often as gained.
-    """
-
-    acc: float
-    acc_base: float
-    delta: float
-    delta_se: float
-    flips_lost: int
-    flips_gained: int
-    soft_delta: float
-    soft_delta_se: float
-    n_items: int
-    p_value: float
+#: Takes a report and the scores behind it, of the model and of the base, by task, item by item in one order.
+Recorder = Callable[[Report, Mapping[str, Sequence[ItemScore]], Mapping[str, Sequence[ItemScore]]], None]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one look found.
+class Observer(Protocol):
+    """Measures something else at each look; a gauge, by which nothing is decided."""
 
-    Args:
-        step: optimizer steps taken when it was made.
-        kind: "look" for some items, "verdict" for the whole bank.
-        tasks: what was found, by task.
-        pooled: all items of all tasks together, each with the same weight.
-        drop_bounds: lower confidence bound of the drop of each task and of all together [share of items].
-        alpha: error probability that these bounds share.
-        alarms: the names whose bound lies above the tolerance.
-        seconds: how long it took [s].
-    """
+    def measure(self, scorer: Scorer, step: int) -> Mapping[str, float]:
+        """Numbers by the keys under which they are logged, such as ``forgetting/kl``.
 
-    step: int
-    kind: str
-    tasks: dict[str, TaskReport]
-    pooled: TaskReport
-    drop_bounds: dict[str, float]
-    alpha: float
-    alarms: list[str]
-    seconds: float
+        Called on every rank, inside `Scorer.quietly`: the model evaluates without gradients, and what is drawn
+        leaves no trace.
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report in primitives, as JSON holds it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` wrote."""
-        tasks = {name: TaskReport(**found) for name, found in values["tasks"].items()}
-        return cls(**{**values, "tasks": tasks, "pooled": TaskReport(**values["pooled"])})
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers by the keys under which they are logged."""
-        found = {}
-        for name, task in {**self.tasks, POOLED: self.pooled}.items():
-            for field, value in asdict(task).items():
-                if field not in ("p_value", "soft_delta_se") or self.kind == "verdict":
-                    found[f"forgetting/{name}/{field}"] = float(value)
-        return {**found, "forgetting/seconds": self.seconds}
-
-    def summary(self) -> str:
-        """One line for people."""
-        parts = [
-            f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f} +- {100 * r.delta_se:.1f})"
-            for name, r in ({**self.tasks, POOLED: self.pooled} if len(self.tasks) > 1 else self.tasks).items()
-        ]
-        return f"forgetting, {self.kind} at step {self.step}: {'; '.join(parts)} [{self.seconds:.1f} s]"
+        Args:
+            scorer: the model.
+            step: optimizer steps taken.
+        """
+        ...
 
 
 class Monitor:
@@ -125,6 +65,8 @@ class Monitor:
         tolerance: a drop that is nobody's concern [share of items].
         alpha: probability of an alarm in the whole run when no drop exceeds the tolerance. A run prolonged
             after its plan was used up spends it anew.
+        observers: measure something else at each look.
+        recorders: take each report with the scores behind it, on every rank.
 
     Raises:
         ConfigError: for values out of range.
@@ -137,9 +79,13 @@ class Monitor:
         seed: int = 0,
         tolerance: float = 0.005,
         alpha: float = 0.05,
+        observers: Sequence[Observer] = (),
+        recorders: Sequence[Recorder] = (),
     ) -> None:
         check_levels(tolerance, alpha)
         self.tasks = dict(tasks)
+        self.observers = list(observers)
+        self.recorders = list(recorders)
         self.bank = ItemBank({name: task.n_docs for name, task in tasks.items()}, items_per_look, seed)
         self.tolerance = tolerance
         self.alpha = alpha
@@ -211,6 +157,7 @@ class Monitor:
         with scorer.quietly():
             model = scorer.score(self.tasks, picked)
             base = self._base_scores(scorer, model, picked)
+            gauges = {key: float(x) for o in self.observers for key, x in o.measure(scorer, step).items()}
         if not self.history:
             _check_identity(scorer.module, model, base)
         tasks = {name: compare(model[name], base[name]) for name in model if model[name]}
@@ -228,8 +175,11 @@ class Monitor:
             alpha=alpha,
             alarms=[name for name, lower in bounds.items() if lower > self.tolerance],
             seconds=time.perf_counter() - start,
+            gauges=gauges,
         )
         self.history.append(report)
+        for record in self.recorders:
+            record(report, model, base)
         return report
 
     def _spend(self, left: int | None) -> float:
@@ -260,45 +210,6 @@ class Monitor:
         return {name: [self._base[(name, *score.key)] for score in found] for name, found in model.items()}
 
 
-def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport:
-    """The paired statistics of one task.
-
-    Args:
-        model: the model's scores.
-        base: the base's, of the same items in the same order.
-    """
-    return compare_pooled([(model, base)])
-
-
-def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore]]]) -> TaskReport:
-    """The paired statistics over the items of several tasks, every item with the same weight.
-
-    Soft accuracy is scaled within each task, since margins of different tasks are of different sizes.
-
-    Args:
-        tasks: scores of model and base, by task.
-    """
-    correct = [s.correct for model, _ in tasks for s in model]
-    correct_base = [s.correct for _, base in tasks for s in base]
-    soft = [x for model, _ in tasks for x in statistics.soft_accuracy([s.margin for s in model])]
-    soft_base = [x for _, base in tasks for x in statistics.soft_accuracy([s.margin for s in base])]
-    delta, delta_se = statistics.paired_difference(correct, correct_base)
-    soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base)
-    lost, gained = statistics.flips(correct, correct_base)
-    return TaskReport(
-        acc=statistics.accuracy(correct),
-        acc_base=statistics.accuracy(correct_base),
-        delta=delta,
-        delta_se=delta_se,
-        flips_lost=lost,
-        flips_gained=gained,
-        soft_delta=soft_delta,
-        soft_delta_se=soft_delta_se,
-        n_items=len(correct),
-        p_value=statistics.mcnemar_p(lost, gained),
-    )
-
-
 def drop_bounds(tasks: Mapping[str, TaskReport], pooled: TaskReport, alpha: float, soft: bool) -> dict[str, float]:
     """Lower confidence bounds of the drop of all items together and of each task, alpha shared among them.
 
@@ -314,18 +225,6 @@ def drop_bounds(tasks: Mapping[str, TaskReport], pooled: TaskReport, alpha: floa
         delta, se = (found.soft_delta, found.soft_delta_se) if soft else (found.delta, found.delta_se)
         bounds[name] = statistics.drop_bound(delta, se, found.n_items, alpha / len(tested)).lower
     return bounds
-
-
-def check_levels(tolerance: float, alpha: float) -> None:
-    """Refuse a tolerance or an alpha out of range.
-
-    Raises:
-        ConfigError: unless 0 <= tolerance < 1 and 0 < alpha < 1.
-    """
-    if not isinstance(tolerance, int | float) or not 0.0 <= tolerance < 1.0:
-        raise ConfigError(f"`tolerance` is a drop of accuracy in [0, 1), 0.005 for half a point: got {tolerance!r}.")
-    if not isinstance(alpha, int | float) or not 0.0 < alpha < 1.0:
-        raise ConfigError(f"`alpha` is an error probability in (0, 1), such as 0.05: got {alpha!r}.")
 
 
 def _check_identity(

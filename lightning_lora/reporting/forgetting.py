@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.errors import ConfigError, MissingDependencyError
-from lightning_lora.forgetting.monitor import Report
+from lightning_lora.forgetting.report import Report
 from lightning_lora.forgetting.tasks import POOLED
 
 if TYPE_CHECKING:

@@ -86,6 +86,7 @@ def test_weights_are_the_same_bits_with_and_without(folder: Path, tokenizer: Any
         ({"every_n_steps": 3, "every_n_epochs": 1, "on_fit_end": False},
          {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}, [0, 3, 6]),
         ({"on_fit_start": False}, {"max_steps": 2}, [-2]),
+        ({"at_fractions": [0.2, 0.5, 1.0], "at_steps": [3]}, {"max_steps": 7}, [0, 2, 3, 4, 7, -7]),
     ],
 )  # fmt: skip
 def test_schedule(folder: Path, tokenizer: Any, kwargs: Any, run: Any, expected: list[int]) -> None:
@@ -391,6 +392,8 @@ def test_a_model_without_adapters_is_refused(folder: Path, tokenizer: Any) -> No
         ({"at_steps": "30"}, ConfigError, "`at_steps` must be a list of optimizer steps.*got '30'"),
         ({"at_steps": [-1, 0, 5]}, ConfigError, "`at_steps` must hold whole numbers of 1 or more: got \\[-1, 0\\]"),
         ({"at_steps": [2.5]}, ConfigError, "`at_steps` must hold whole numbers of 1 or more: got \\[2.5\\]"),
+        ({"at_fractions": 0.5}, ConfigError, "`at_fractions` must be a list of shares of the run.*got 0.5"),
+        ({"at_fractions": [0, 0.5, 2, "1"]}, ConfigError, "above 0, up to 1: got \\[0, 2, '1'\\]"),
         ({"tolerance": "1"}, ConfigError, "`tolerance`.*got '1'"),
         ({"alpha": None}, ConfigError, "`alpha`.*got None"),
         ({"on_fit_start": False, "on_fit_end": False}, ConfigError, "would never look. Set `every_n_steps`"),
@@ -413,7 +416,7 @@ def test_steps_beyond_the_end_are_named_at_the_start(folder: Path, tokenizer: An
     assert steps(monitor) == [("look", 0), ("look", 1), ("verdict", 2)]
 
 
-@pytest.mark.parametrize("name", ["at_fractions", "max_time_fraction"])
-def test_arguments_of_later_versions_are_absent(name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        ForgettingMonitor("arc_easy", **{name: 0.1})
+def test_shares_of_a_run_without_an_end_are_refused(folder: Path, tokenizer: Any) -> None:
+    monitor = ForgettingMonitor(str(folder / "beta.yaml"), tokenizer, at_fractions=[0.5])
+    with pytest.raises(ConfigError, match="`at_fractions` are shares of the run, and its length is not known"):
+        trainer(monitor, max_steps=-1, max_epochs=-1).fit(tiny.Student(), tiny.loader())

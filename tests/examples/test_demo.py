@@ -13,7 +13,7 @@ import pytest
 from demo.main import prepare
 from demo.summary import z
 from demo.table import bytes_of, section, size
-from lightning_lora.forgetting.monitor import TaskReport
+from lightning_lora.forgetting.report import TaskReport
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, Notice
-from lightning_lora.forgetting.monitor import Monitor, Report, compare, drop_bounds
+from lightning_lora.forgetting.monitor import Monitor, drop_bounds
+from lightning_lora.forgetting.report import Report, compare
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import adapter_modules

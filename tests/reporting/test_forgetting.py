@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.forgetting.monitor import Report, TaskReport
+from lightning_lora.forgetting.report import Report, TaskReport
 from lightning_lora.reporting import plot_forgetting
 
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a look: what was found, by task and for all items together, as numbers, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_lora.forgetting import statistics
+from lightning_lora.forgetting.scoring import ItemScore
+from lightning_lora.forgetting.tasks import POOLED
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task, or all together: the model against its base on the same items.
+
+    Args:
+        acc: accuracy of the model [share of items].
+        acc_base: accuracy of the base on the same items [share of items].
+        delta: acc less acc_base; below 0 is forgetting [share of items].
+        delta_se: standard error of the paired difference [share of items].
+        flips_lost: right with the base and wrong now [items].
+        flips_gained: wrong with the base and right now [items].
+        soft_delta: paired difference of soft accuracy [share of items].
+        soft_delta_se: its standard error [share of items].
+        n_items: how many items were compared.
+        p_value: exact McNemar test, two-sided, that answers are lost as often as gained.
+    """
+
+    acc: float
+    acc_base: float
+    delta: float
+    delta_se: float
+    flips_lost: int
+    flips_gained: int
+    soft_delta: float
+    soft_delta_se: float
+    n_items: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one look found.
+
+    Args:
+        step: optimizer steps taken when it was made.
+        kind: "look" for some items, "verdict" for the whole bank.
+        tasks: what was found, by task.
+        pooled: all items of all tasks together, each with the same weight.
+        drop_bounds: lower confidence bound of the drop of each task and of all together [share of items].
+        alpha: error probability that these bounds share.
+        alarms: the names whose bound lies above the tolerance.
+        seconds: how long it took [s].
+        e_values: evidence of a drop above the tolerance that all looks so far have gathered, by task.
+        learning: what was found on the target tasks, by task.
+        gauges: further numbers, by the keys under which they are logged; nothing is decided by them.
+    """
+
+    step: int
+    kind: str
+    tasks: dict[str, TaskReport]
+    pooled: TaskReport
+    drop_bounds: dict[str, float]
+    alpha: float
+    alarms: list[str]
+    seconds: float
+    e_values: dict[str, float] = field(default_factory=dict)
+    learning: dict[str, TaskReport] = field(default_factory=dict)
+    gauges: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in primitives, as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote."""
+        nested = {
+            key: {name: TaskReport(**found) for name, found in values.get(key, {}).items()}
+            for key in ("tasks", "learning")
+        }
+        return cls(**{**values, **nested, "pooled": TaskReport(**values["pooled"])})
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by the keys under which they are logged."""
+        named = {f"forgetting/{name}": task for name, task in {**self.tasks, POOLED: self.pooled}.items()}
+        named |= {f"learning/{name}": task for name, task in self.learning.items()}
+        found = {
+            f"{name}/{key}": float(value)
+            for name, task in named.items()
+            for key, value in asdict(task).items()
+            if key not in ("p_value", "soft_delta_se") or self.kind == "verdict"
+        }
+        return {**found, **self.gauges, "forgetting/seconds": self.seconds}
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f} +- {100 * r.delta_se:.1f})"
+            for name, r in ({**self.tasks, POOLED: self.pooled} if len(self.tasks) > 1 else self.tasks).items()
+        ]
+        return f"forgetting, {self.kind} at step {self.step}: {'; '.join(parts)} [{self.seconds:.1f} s]"
+
+
+def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport:
+    """The paired statistics of one task.
+
+    Args:
+        model: the model's scores.
+        base: the base's, of the same items in the same order.
+    """
+    return compare_pooled([(model, base)])
+
+
+def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore]]]) -> TaskReport:
+    """The paired statistics over the items of several tasks, every item with the same weight.
+
+    Soft accuracy is scaled within each task, since margins of different tasks are of different sizes.
+
+    Args:
+        tasks: scores of model and base, by task.
+    """
+    correct = [s.correct for model, _ in tasks for s in model]
+    correct_base = [s.correct for _, base in tasks for s in base]
+    soft = [x for model, _ in tasks for x in statistics.soft_accuracy([s.margin for s in model])]
+    soft_base = [x for _, base in tasks for x in statistics.soft_accuracy([s.margin for s in base])]
+    delta, delta_se = statistics.paired_difference(correct, correct_base)
+    soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base)
+    lost, gained = statistics.flips(correct, correct_base)
+    return TaskReport(
+        acc=statistics.accuracy(correct),
+        acc_base=statistics.accuracy(correct_base),
+        delta=delta,
+        delta_se=delta_se,
+        flips_lost=lost,
+        flips_gained=gained,
+        soft_delta=soft_delta,
+        soft_delta_se=soft_delta_se,
+        n_items=len(correct),
+        p_value=statistics.mcnemar_p(lost, gained),
+    )
