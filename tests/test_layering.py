@@ -70,7 +70,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge_disk",
     ),
     "forgetting": (
-        *("statistics", "sequential", "arguments", "schedule", "bank", "sources", "catalogue", "tasks"),
+        *("statistics", "sequential", "power", "transfer", "metrics"),
+        *("arguments", "schedule", "bank", "sources", "catalogue", "tasks"),
         *("encoding", "forward", "scoring", "report", "monitor"),
     ),
     "reporting": ("forgetting",),
