@@ -42,6 +42,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "io": (
         "atomic",
         "integrity",
+        "tensor_files",
+        "mapped_file",
         "checkpoint_file",
         "distributed",
         "zero_files",
@@ -59,7 +61,6 @@ ORDER: dict[str, tuple[str, ...]] = {
         "adapter",
         "resumable",
         "progress",
-        "tensor_files",
         "skeleton",
         "tied",
         "merge",

@@ -74,7 +74,7 @@ class Pending:
         """
         due = [place for place in self._tensors if not keys or place.startswith(tuple(f"[{key!r}]" for key in keys))]
         tensors = {place: self._tensors.pop(place) for place in due}
-        check_digests({place: self._expected[place] for place in due}, tensors, self.file, _EARLIER)
+        check_digests({place: self._expected[place] for place in due}, digests(tensors.items()), self.file, _EARLIER)
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:

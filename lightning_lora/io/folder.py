@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_lora.config import scaling
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, Notice
 from lightning_lora.io.atomic import recover
 from lightning_lora.io.integrity import check_digests, check_finite
+from lightning_lora.io.mapped_file import MappedFile
 from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
@@ -47,8 +47,12 @@ class AdapterFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any]) -> None:
         self.path, self.config, self.record = path, config, record
-        self._shapes: dict[str, tuple[int, ...]] | None = None
         self.spec = Spec.from_json(config)
+        stat = (path / WEIGHTS).stat()  # of the file that is mapped, or of one before it
+        self._stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        self._file = MappedFile(path / WEIGHTS)
+        self._copies = _base_copies(self._file.entries)
+        self._keys = [key for key in self._file.entries if key not in self._copies]
 
     @classmethod
     def open(cls, dir: str | os.PathLike[str]) -> AdapterFolder:
@@ -92,50 +96,44 @@ class AdapterFolder:
         Raises:
             CheckpointError: See `tensors`; or values are NaN or inf.
         """
-        stat = (self.path / WEIGHTS).stat()
-        stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if verified is not None and stamp in verified:
+        if verified is not None and self._stamp in verified:
             return self._read()
         tensors = self.tensors()
         if not (self.record.get("finite") is True and isinstance(self.record.get("digests"), Mapping)):
             check_finite(tensors, self.path)  # else values with these digests were seen to be finite when written
         if verified is not None:
-            verified.add(stamp)
+            verified.add(self._stamp)
         return tensors
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the folder, on the CPU; those of a folder of ours are compared with their digests.
 
+        They are views of the file: copy them before it may change.
+
         Raises:
-            CheckpointError: The file is broken, or holds other values than were written.
+            CheckpointError: The file holds other values than were written.
         """
-        tensors = self._read()
         expected = self.record.get("digests")
         if isinstance(expected, Mapping):
-            remedy = (
-                f"Take an earlier adapter; if another program wrote the file on purpose, remove {self.path / RECORD}"
+            found = self._file.digests()
+            check_digests(
+                expected,
+                {key: found[key] for key in self._keys},
+                self.path / WEIGHTS,
+                f"Take an earlier adapter; if another program wrote the file on purpose, remove {self.path / RECORD}",
             )
-            check_digests(expected, tensors, self.path / WEIGHTS, remedy)
-        return tensors
+        return self._read()
 
     def _read(self) -> dict[str, Tensor]:
-        with self._open() as file:
-            copies = _base_copies(file.keys())
-            return {key: file.get_tensor(key) for key in file.keys() if key not in copies}  # noqa: SIM118 (no mapping)
+        return {key: self._file.tensor(key) for key in self._keys}
 
     def base_copies(self) -> dict[str, Tensor]:
         """Weights of the base that PEFT writes beside the factors of a head, by their names in the model."""
-        with self._open() as file:
-            return {name: file.get_tensor(key) for key, name in _base_copies(file.keys()).items()}
+        return {name: self._file.tensor(key) for key, name in self._copies.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading them."""
-        if self._shapes is None:
-            with self._open() as file:
-                copies = _base_copies(file.keys())
-                keys = [key for key in file.keys() if key not in copies]  # noqa: SIM118
-                self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        return self._shapes
+        return {key: self._file.shape(key) for key in self._keys}
 
     def root(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Where in a plain `model` the folder's names begin."""
@@ -163,32 +161,19 @@ class AdapterFolder:
 
     def _check_header(self) -> None:
         """See that the configuration speaks of the tensors there are, before a model is made by it."""
-        with self._open() as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(key)
-                name, factor, rest = key.removeprefix(PREFIX).partition(".lora_")
-                if not factor:
-                    continue
-                if part.get_dtype()[0] not in "FB" or part.get_dtype() == "BOOL":  # F32, F8_E4M3, BF16 ...
-                    raise CheckpointError(
-                        f"{self.path / WEIGHTS}: {key!r} is of {part.get_dtype()}, adapters are floats. Save the "
-                        "adapter again"
-                    )
-                shape = part.get_shape()
-                if rest == "A.weight" and len(shape) == 2 and self.spec.rank(name) != shape[0]:
-                    raise CheckpointError(
-                        f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
-                        f"{WEIGHTS}: one of the two was changed. Save the adapter again"
-                    )
-
-    def _open(self) -> Any:
-        file = self.path / WEIGHTS
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is no whole safetensors file, or may not be read: {error}. Take an earlier adapter"
-            ) from error
+        for key, (kind, shape, _) in self._file.entries.items():
+            name, factor, rest = key.removeprefix(PREFIX).partition(".lora_")
+            if not factor:
+                continue
+            if kind[0] not in "FB" or kind == "BOOL":  # F32, F8_E4M3, BF16 ...
+                raise CheckpointError(
+                    f"{self.path / WEIGHTS}: {key!r} is of {kind}, adapters are floats. Save the adapter again"
+                )
+            if rest == "A.weight" and len(shape) == 2 and self.spec.rank(name) != shape[0]:
+                raise CheckpointError(
+                    f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
+                    f"{WEIGHTS}: one of the two was changed. Save the adapter again"
+                )
 
 
 def compare_fingerprints(

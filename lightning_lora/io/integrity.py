@@ -15,8 +15,9 @@ somebody who wants to deceive.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +38,69 @@ def tensor_digest(tensor: Tensor) -> str:
     if flat.storage_offset() % 8:
         flat = flat.clone()
     whole = flat.numel() // _BLOCK * _BLOCK
-    digest = hashlib.blake2b(f"{tensor.dtype} {shape}".encode(), digest_size=16)
-    if whole:
-        digest.update(flat[:whole].view(torch.int64).view(-1, _BLOCK // 8).sum(1).numpy().data)
-    digest.update(flat[whole:].numpy().data)
+    return _hashed(tensor.dtype, shape, _sums(flat[:whole]).numpy().data, flat[whole:].numpy().data)
+
+
+def _sums(blocks: Tensor) -> Tensor:
+    """The sum of each block of some whole ones."""
+    words = blocks.view(torch.int64)
+    return words.view(len(words) // (_BLOCK // 8), _BLOCK // 8).sum(1)
+
+
+def _hashed(dtype: torch.dtype, shape: Any, *parts: memoryview) -> str:
+    digest = hashlib.blake2b(f"{dtype} {shape}".encode(), digest_size=16)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
+
+
+class Piece(NamedTuple):
+    """A tensor among the bytes of many."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # its first byte
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@torch.no_grad()
+def digests_in(data: Tensor, pieces: Iterable[Piece]) -> dict[str, str]:
+    """`digests` of tensors that lie one behind the other: those of whole blocks are summed up in one call.
+
+    Args:
+        data: Bytes, on the CPU.
+        pieces: The tensors in them.
+    """
+    found: dict[str, str] = {}
+    runs: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: piece.begin):
+        if piece.nbytes % _BLOCK or (data.storage_offset() + piece.begin) % 8:
+            part = data[piece.begin : piece.begin + piece.nbytes].clone()  # aligned to whatever its dtype needs
+            found[piece.name] = tensor_digest(part.view(piece.dtype).view(piece.shape))
+        elif runs and piece.begin == runs[-1][-1].begin + runs[-1][-1].nbytes:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    for run in runs:
+        found |= _run_digests(data, run)
+    return found
+
+
+def _run_digests(data: Tensor, run: list[Piece]) -> dict[str, str]:
+    """Of tensors of whole blocks without a gap between them."""
+    start = run[0].begin
+    sums = _sums(data[start : run[-1].begin + run[-1].nbytes]).numpy()
+    found, first = {}, 0
+    for piece in run:
+        last = first + piece.nbytes // _BLOCK
+        found[piece.name] = _hashed(piece.dtype, piece.shape, sums[first:last].data)
+        first = last
+    return found
 
 
 def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -69,23 +128,23 @@ def check_names(expected: Mapping[str, str], found: Mapping[str, Any], file: obj
         )
 
 
-def check_digests(expected: Mapping[str, str], tensors: Mapping[str, Tensor], file: object, remedy: str) -> None:
+def check_digests(expected: Mapping[str, str], found: Mapping[str, str], file: object, remedy: str) -> None:
     """See that tensors are those that were written.
 
     Args:
         expected: Digests by name, as `digests` gave them.
-        tensors: What was read, by name.
+        found: Those of what was read.
         file: Where from.
         remedy: What the text says to do.
 
     Raises:
         CheckpointError: One is missing, one is too many, or values differ.
     """
-    check_names(expected, tensors, file, remedy)
-    broken = [name for name, tensor in tensors.items() if tensor_digest(tensor) != expected[name]]
+    check_names(expected, found, file, remedy)
+    broken = [name for name, digest in found.items() if digest != expected[name]]
     if broken:
         raise CheckpointError(
-            f"{file} is damaged: {len(broken)} of {len(tensors)} tensors, {broken[0]!r} first, do not hold the values "
+            f"{file} is damaged: {len(broken)} of {len(found)} tensors, {broken[0]!r} first, do not hold the values "
             f"they were written with. {remedy}"
         )
 

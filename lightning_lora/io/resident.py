@@ -61,11 +61,11 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
 
 
 def _part(folder: AdapterFolder, files: Mapping[str, Tensor], name: str, module: AdapterModule) -> Held:
-    own = module.own_names()
+    own = module.own_names()  # what waits is copied: another program may write into a file that is mapped
     if not isinstance(module, LoRALinear):
-        return Held({o: files[f"{PREFIX}{name}.{o.removeprefix('trained.')}" if name else o] for o in own})
+        return Held({o: files[f"{PREFIX}{name}.{o.removeprefix('trained.')}" if name else o].clone() for o in own})
     return Held(
-        {o: files[f"{PREFIX}{name}.{o.removeprefix('adapter.')}.weight"] for o in own},
+        {o: files[f"{PREFIX}{name}.{o.removeprefix('adapter.')}.weight"].clone() for o in own},
         1.0,
         folder.spec.rank(name),
         folder.spec.alpha(name),
