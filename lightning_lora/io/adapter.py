@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from lightning_lora.config import AdapterRecord
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
-from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter
+from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
 from lightning_lora.io.conversion import config_for
 from lightning_lora.io.distributed import is_distributed
 from lightning_lora.io.folder import (
@@ -245,10 +245,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
 def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
     record = adapter_record(model)
     if name is not None and record is not None and name != record.name:
-        raise UnsupportedError(
-            f"{path} is a checkpoint, which goes into the adapter in use alone: load it into a plain model, write it "
-            f"with `save_adapter`, and load that folder as {name!r}"
-        )
+        load_checkpoint_resident(model, path, name)
+        return
     if record is not None:
         refuse_in_fit(record)
     load_checkpoint_adapter(model, path)

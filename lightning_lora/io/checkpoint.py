@@ -188,7 +188,7 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
             "the checkpoint's values"
             + ("; `init_from` takes it over to another packing" * (set(differing) == {"quantize"}))
         )
-    _compare_bases(entry.get("fingerprint"), own["fingerprint"])
+    compare_bases(entry.get("fingerprint"), own["fingerprint"])
 
 
 def _difference(stored: list[str], own: list[str]) -> str:
@@ -203,7 +203,7 @@ def _difference(stored: list[str], own: list[str]) -> str:
     return " and ".join(parts) or "the same layers in another order"
 
 
-def _compare_bases(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
+def compare_bases(expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
     """`compare_fingerprints`, and of what lies beside the transformers model: it is in no checkpoint."""
     compare_fingerprints(expected, found)
     if expected and found and same_base(expected, found) and expected.get("outside") != found.get("outside"):

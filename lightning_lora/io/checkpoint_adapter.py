@@ -8,25 +8,34 @@ transformers model's own names is exchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, Notice
-from lightning_lora.io.checkpoint import load_state
+from lightning_lora.io.checkpoint import compare_bases, load_state, naming
 from lightning_lora.io.checkpoint_file import KEY
 from lightning_lora.io.conversion import fit
 from lightning_lora.io.distributed import read_either
-from lightning_lora.io.folder import near
+from lightning_lora.io.folder import compare_shapes, near
+from lightning_lora.io.integrity import check_finite
 from lightning_lora.io.names import clean, inside, plain_modules
-from lightning_lora.model.apply import adapter_record, apply_lora, is_adapted
+from lightning_lora.io.resident import say_narrower
+from lightning_lora.model.apply import adapter_record, adapter_slots, apply_lora, is_adapted
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import inner_model
+from lightning_lora.model.plain import plain_view
+from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
+from lightning_lora.model.targets import Targets, find_targets
+from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.linear import LoRALinear, linear_shape
 
 
 @dataclass(frozen=True)
@@ -63,27 +72,106 @@ def load_checkpoint_adapter(model: nn.Module, path: str | os.PathLike[str]) -> N
         AdapterMismatchError: Names, shapes or configuration do not fit; the nearest names are given.
         BaseMismatchError: The adapters were trained on another base.
     """
-    checkpoint = read_either(path)
-    entry = checkpoint.get(KEY)
-    if not isinstance(entry, Mapping):
-        raise CheckpointError(f"{os.fspath(path)!r} holds no adapters of this package")
+    checkpoint = _read(path)
+    entry = checkpoint[KEY]
     prefix, root = inner_model(model)
-    names = [*entry["targets"], *entry["saved"]]
-    theirs, ours = _prefix(names, plain_modules(root), path), clean(prefix)
+    theirs, ours = _prefix([*entry["targets"], *entry["saved"]], plain_modules(root), path), clean(prefix)
     if not is_adapted(model):
-        try:
-            config = LoRAConfig.from_dict(dict(entry["config"]))
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{os.fspath(path)}: {error}; it may be of a newer version") from error
-        full = {inside(name, theirs): _joined(prefix, inside(name, theirs)) for name in names}
-        adapted = {name: full[name] for name in (inside(n, theirs) for n in entry["targets"])}
-        saved = {name: full[name] for name in (inside(n, theirs) for n in entry["saved"])}
-        apply_lora(model, fit(model, config, _Ranks(config, theirs), adapted, saved))
+        apply_lora(model, _config(model, entry, theirs, path))
     else:
         checkpoint = _packed_as_here(model, checkpoint, path)
     if theirs != ours:
         checkpoint = _renamed(checkpoint, theirs, ours, _outside(model))
     load_state(model, checkpoint, strict=True, file=path)
+
+
+def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
+    """`load_resident` of a checkpoint: its adapters wait under ``name``, those that are there stay as they are.
+
+    Args:
+        model: A converted model.
+        path: The checkpoint.
+        name: What to call the adapter.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no adapters of this package, or NaN.
+        AdapterMismatchError: Names or shapes do not fit; the nearest names are given.
+        BaseMismatchError: The adapters were trained on another base.
+        UnsupportedError: Its modules clash with those of another adapter.
+    """
+    record = record_of(model)
+    check_name(record, name)
+    checkpoint = _packed_as_here(model, _read(path), path)
+    view = plain_view(model)
+    prefix, root = inner_model(view)
+    entry = checkpoint[KEY]
+    theirs = _prefix([*entry["targets"], *entry["saved"]], plain_modules(root), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # said when the base was converted
+        own = record.config
+        config = dataclasses.replace(
+            _config(view, entry, theirs, path), compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
+        )
+        targets = find_targets(view, dataclasses.replace(config, quantize="none"))
+    checkpoint = _renamed(checkpoint, theirs, clean(prefix), _outside(model))
+    state, entry = checkpoint["state_dict"], checkpoint[KEY]
+    with naming(path):
+        compare_bases(entry.get("fingerprint"), record.fingerprint)
+    compare_shapes(_shapes(view, config, targets), {key: tuple(t.shape) for key, t in state.items()}, path)
+    check_finite(state, path)
+    add_slots(model, targets.adapted, targets.saved)
+    wanted = {*targets.adapted, *targets.saved}
+    parts = {
+        module.slot: _part(clean(raw), config, state, entry.get("strength") or {}, module)
+        for raw, module in adapter_slots(model)
+        if raw in wanted
+    }
+    say_narrower(model, parts, path)
+    keep_adapter(model, name, config, parts)
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    checkpoint = read_either(path)
+    if not isinstance(checkpoint.get(KEY), Mapping):
+        raise CheckpointError(f"{os.fspath(path)!r} holds no adapters of this package")
+    return checkpoint
+
+
+def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str | os.PathLike[str]) -> LoRAConfig:
+    """The configuration that converts a plain `model` to exactly what the checkpoint holds."""
+    try:
+        config = LoRAConfig.from_dict(dict(entry["config"]))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}; it may be of a newer version") from error
+    prefix, _ = inner_model(model)
+    adapted, saved = (
+        {inside(name, theirs): _joined(prefix, inside(name, theirs)) for name in entry[key]}
+        for key in ("targets", "saved")
+    )
+    return fit(model, config, _Ranks(config, theirs), adapted, saved)
+
+
+def _shapes(view: nn.Module, config: LoRAConfig, targets: Targets) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint of this configuration holds, over the modules of a plain model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for raw in targets.adapted:
+        name = clean(raw)
+        (inn, out), r = linear_shape(view.get_submodule(raw)), config.rank_for(name)
+        shapes |= {f"{name}.adapter.lora_A": (r, inn), f"{name}.adapter.lora_B": (out, r)}
+    for raw in targets.saved:
+        kept = view.get_submodule(raw).state_dict()
+        shapes |= {f"{clean(raw)}.trained.{own}": tuple(tensor.shape) for own, tensor in kept.items()}
+    return shapes
+
+
+def _part(
+    name: str, config: LoRAConfig, state: Mapping[str, Tensor], strength: Mapping[str, float], module: AdapterModule
+) -> Held:
+    tensors = {own: state[f"{name}.{own}"].clone() for own in module.own_names()}
+    if not isinstance(module, LoRALinear):
+        return Held(tensors, strength.get(name, 1.0))
+    words = (config.rank_for(name), config.alpha_for(name), config.use_rslora, config.lora_dropout)
+    return Held(tensors, strength.get(name, 1.0), *words)
 
 
 def _prefix(names: list[str], modules: Mapping[str, nn.Module], path: str | os.PathLike[str]) -> str:

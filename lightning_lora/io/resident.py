@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
         for raw, module in adapter_slots(model)
         if raw in wanted
     }
-    _say_narrower(model, parts, folder)
+    say_narrower(model, parts, folder.path)
     keep_adapter(model, name, config, parts)
 
 
@@ -74,13 +75,13 @@ def _part(folder: AdapterFolder, files: Mapping[str, Tensor], name: str, module:
     )
 
 
-def _say_narrower(model: nn.Module, parts: Mapping[int, Held], folder: AdapterFolder) -> None:
+def say_narrower(model: nn.Module, parts: Mapping[int, Held], path: Path) -> None:
     """A notice where the model's adapters have a narrower dtype than the file."""
     slots = {module.slot: module for _, module in adapter_modules(model)}
     for slot, part in parts.items():
         live = slots[slot].held() if slot in slots else None
         for name, tensor in part.tensors.items() if live is not None else ():
             if tensor.dtype.itemsize > live.tensors[name].dtype.itemsize:  # type: ignore[union-attr]
-                text = f"the adapter in {folder.path} is {tensor.dtype}, this model holds adapters in "
+                text = f"the adapter in {path} is {tensor.dtype}, this model holds adapters in "
                 warnings.warn(f"{text}{live.tensors[name].dtype}: it is rounded", Notice, stacklevel=4)  # type: ignore[union-attr]
                 return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -150,7 +150,7 @@ def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping
         record.waiting[name] = Waiting(config, fitted, record.moves)
         return
     refuse_in_fit(record)
-    _put_in_use(record, [(module, fitted.get(module.slot)) for module in slots], in_place=not record.lent)
+    _put_in_use(record, slots, [fitted.get(module.slot) for module in slots], in_place=not record.lent)
     record.config = config
 
 
@@ -270,20 +270,20 @@ def refuse_in_fit(record: AdapterRecord) -> None:
 def _exchange(record: AdapterRecord, slots: list[AdapterModule], name: str, in_place: bool) -> None:
     incoming = record.waiting[name]
     # All that can fail comes first: where the model has moved, tensors follow.
-    outgoing = _put_in_use(record, [(m, _fitted(m, incoming, record)) for m in slots], in_place)
+    outgoing = _put_in_use(record, slots, [_fitted(m, incoming, record) for m in slots], in_place)
     del record.waiting[name]
     record.waiting[record.name] = Waiting(record.config, outgoing, record.moves)
     record.name, record.config = name, incoming.config
 
 
 def _put_in_use(
-    record: AdapterRecord, parts: Iterable[tuple[AdapterModule, Held | None]], in_place: bool
+    record: AdapterRecord, slots: list[AdapterModule], parts: list[Held | None], in_place: bool
 ) -> dict[int, Held]:
     """Give every module its part; what they had, by slot."""
     outgoing: dict[int, Held] = {}
     changed: list[Tensor] = []
     record.new_use()
-    for module, part in parts:
+    for module, part in zip(slots, parts, strict=True):
         if in_place:
             former = module.exchange(part, changed)
         else:

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import LoRA
+from lightning_lora import LoRA, list_adapters, set_adapter, set_adapter_scale
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, UnsupportedError
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.model.apply import adapter_modules, apply_lora
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_llama
@@ -71,14 +71,54 @@ def test_it_loads_into_the_model_alone_and_into_another_module(case: str, tmp_pa
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("held_elsewhere", [False, True])
+def test_it_waits_beside_the_adapter_in_use(case: str, held_elsewhere: bool, tmp_path: Path) -> None:
+    live, path = trained(tmp_path, **CASES[case])
+    set_adapter_scale(live, 0.5)
+    expected, model = logits(live), tiny_llama()
+    whole = Other(model) if held_elsewhere else model
+    apply_lora(model, LoRAConfig(r=8, target_modules=["k_proj"], quantize=CASES[case].get("quantize", "none")))
+    before = logits(model)
+    load_adapter(whole, path, name="second")
+    assert torch.equal(logits(model), before)
+    path.write_bytes(bytes(path.stat().st_size))  # what waits is no part of the file
+    set_adapter(whole, "second")
+    set_adapter_scale(whole, 0.5)
+    torch.testing.assert_close(logits(model), expected)
+    set_adapter(whole, "default")
+    assert torch.equal(logits(model), before)
+
+
+def test_what_cannot_wait_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    _, path = trained(tmp_path)
+    model = tiny_llama(seed=1)
+    apply_lora(model, LoRAConfig(r=8))
+    with pytest.raises(BaseMismatchError, match=r"run\.ckpt: .*trained on another base"):
+        load_adapter(model, path, name="second")
+    model = tiny_llama()
+    apply_lora(model, LoRAConfig(r=8))
+    checkpoint = torch.load(path, weights_only=True)
+    key = next(iter(checkpoint["state_dict"]))
+    checkpoint["lightning_lora"].pop("digests")
+    checkpoint["lightning_lora"]["version"] = 1
+    for name, change in {
+        "unknown": lambda state: state | {"x": torch.ones(1)},
+        "shape": lambda state: state | {key: state[key][..., :1]},
+        "NaN": lambda state: state | {key: state[key] * float("nan")},
+    }.items():
+        torch.save({**checkpoint, "state_dict": change(checkpoint["state_dict"])}, tmp_path / "bad.ckpt")
+        with pytest.raises((AdapterMismatchError, CheckpointError), match=name):
+            load_adapter(model, tmp_path / "bad.ckpt", name="second")
+    assert list_adapters(model) == ["default"]
+
+
 def test_it_loads_into_a_converted_model(tmp_path: Path) -> None:
     live, path = trained(tmp_path)
     model = tiny_llama()
     apply_lora(model, LoRAConfig(r=4))
     load_adapter(model, path)
     assert torch.equal(logits(model), logits(live))
-    with pytest.raises(UnsupportedError, match="into the adapter in use alone"):
-        load_adapter(model, path, name="second")
     other = tiny_llama()
     apply_lora(other, LoRAConfig(r=8))
     with pytest.raises(AdapterMismatchError, match="r: checkpoint 4, model 8"):
