@@ -50,6 +50,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "peft_rules",
         "names",
         "folder",
+        "kinds",
         "conversion",
         "loader_rules",
         "loaders",

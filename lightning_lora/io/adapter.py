@@ -11,7 +11,7 @@
 
 where <name> is the module's name inside the transformers model.
 
-Every kind of adapter is one row of `KINDS`. The folder is written as a whole, read back and compared with the
+Every kind of adapter is one row of `kinds.KINDS`. The folder is written as a whole, read back and compared with the
 live model before it appears under its name. Nothing but these three files is ever read, and no pickle.
 """
 
@@ -23,7 +23,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,10 @@ from lightning_lora.io.folder import (
     package_version,
 )
 from lightning_lora.io.integrity import digests, first_not_finite
+from lightning_lora.io.kinds import Place, entries, places
 from lightning_lora.io.litgpt import convert_litgpt, is_litgpt
 from lightning_lora.io.names import (
     adapter_root,
-    clean,
-    inside,
     named_adapters,
     packed_layers,
     plain_modules,
@@ -75,7 +74,6 @@ from lightning_lora.model.inner import inner_model
 from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
-from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
 
 
@@ -96,30 +94,6 @@ class SavedAdapter:
     tensors: int
     nbytes: int
     delta_error: float
-
-
-@dataclass(frozen=True)
-class AdapterKind:
-    """How one kind of adapter stands in the file: its keys there, by the names of `trained_names` here."""
-
-    module: type[AdapterModule]
-    file_name: Callable[[str], str]  # name inside the adapter module -> name in the file
-    tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
-
-
-def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
-    return {"adapter.lora_A": module.lora_A, "adapter.lora_B": module.lora_B}[name].detach()
-
-
-def _saved_tensor(module: SavedModule, name: str) -> Tensor:
-    return module.value(name.removeprefix("trained."), module.strength).detach()
-
-
-#: One row for every kind; who adds an adapter kind adds its row.
-KINDS = (
-    AdapterKind(LoRALinear, lambda name: name.removeprefix("adapter.") + ".weight", _lora_tensor),
-    AdapterKind(SavedModule, lambda name: name.removeprefix("trained."), _saved_tensor),
-)
 
 
 def save_adapter(
@@ -223,23 +197,23 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
         apply_lora(model, config)
         if name is not None:
             rename_adapter(model, name)
-        _copy(list(_places(model)), tensors, {})
+        _copy(list(places(model)), tensors, {})
         return
     _notice_packing(record, folder)
     if name is not None and name != record.name:
         load_resident(model, folder, name)
         return
-    places = list(_places(model))
+    mine = list(places(model))
     try:
-        compare_shapes({key: tuple(m.live(own).shape) for key, _, m, own in places}, folder.shapes(), folder.path)
-        strengths = _strengths(places, folder)
+        compare_shapes({key: tuple(m.live(own).shape) for key, _, m, own in mine}, folder.shapes(), folder.path)
+        strengths = _strengths(mine, folder)
     except AdapterMismatchError:
         if name is None:
             raise
         load_resident(model, folder, name)
         return
     refuse_in_fit(record)
-    _copy(places, folder.checked_tensors(record.verified), strengths)
+    _copy(mine, folder.checked_tensors(record.verified), strengths)
 
 
 def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
@@ -255,16 +229,16 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
 
 
 @torch.no_grad()
-def _copy(places: list[Place], tensors: dict[str, Tensor], strengths: Mapping[AdapterModule, float]) -> None:
+def _copy(mine: list[Place], tensors: dict[str, Tensor], strengths: Mapping[AdapterModule, float]) -> None:
     """Values into the adapter in use, once all of them are seen to fit."""
-    pairs = [(raw, module.live(own), tensors[key]) for key, raw, module, own in places]
+    pairs = [(raw, module.live(own), tensors[key]) for key, raw, module, own in mine]
     for raw, live, tensor in pairs:
         check_kind(raw, live, tensor)
     for _, live, tensor in pairs:
         live.copy_(piece(tensor, live))
-    if places:
-        places[0][2].record.new_use()
-    for module in dict.fromkeys(place[2] for place in places):
+    if mine:
+        mine[0][2].record.new_use()
+    for module in dict.fromkeys(place[2] for place in mine):
         strength = strengths.get(module, 1.0)
         if module.strength != strength:
             module.strength = strength
@@ -320,40 +294,12 @@ def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, An
             stacklevel=3,
         )
     tensors = {}
-    for key, raw, tensor in _entries(model):
+    for key, raw, tensor in entries(model):
         if is_sharded(tensor) or tensor.is_meta:
             raise UnsupportedError(f"{raw!r} is sharded or on the meta device: adapters are written from whole tensors")
         cast = fitting_cast(raw, tensor, dtype) if dtype is not None and tensor.is_floating_point() else tensor
         tensors[key] = cast.detach().cpu().contiguous().clone()
     return config, tensors
-
-
-#: Key in the file, name in the model, module, name inside it.
-Place = tuple[str, str, AdapterModule, str]
-
-
-def _places(model: nn.Module) -> Iterator[Place]:
-    """Everything that the adapter in use trains."""
-    prefix, _ = adapter_root(model)
-    for raw, module in adapter_modules(model):
-        name = clean(inside(raw, prefix))
-        kind = _kind(module, raw)
-        for own in module.trained_names():
-            key = ".".join(part for part in (name, kind.file_name(own)) if part)
-            yield PREFIX + key, f"{raw}.{own}" if raw else own, module, own
-
-
-def _entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """(key in the file, name in the model, tensor as the model uses it) of everything that adapters train."""
-    for key, raw, module, own in _places(model):
-        yield key, raw, _kind(module, raw).tensor(module, own)
-
-
-def _kind(module: AdapterModule, raw: str) -> AdapterKind:
-    kind = next((k for k in KINDS if isinstance(module, k.module)), None)
-    if kind is None:
-        raise UnsupportedError(f"{raw!r}: a {type(module).__name__} has no place in an adapter file yet")
-    return kind
 
 
 def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, Any]:
@@ -376,7 +322,7 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     folder = AdapterFolder.open(part)
     tensors = folder.tensors()
     errors = [0.0]
-    for key, raw, live in _entries(model):
+    for key, raw, live in entries(model):
         written = tensors[key]
         if ".lora_" not in key and live.is_floating_point():
             size, difference = live.float().norm().cpu(), (written.float() - live.float().cpu()).norm()
@@ -396,7 +342,7 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
 
 
-def _strengths(places: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModule, float]:
+def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModule, float]:
     """The strength at which a converted model's adapters have the folder's scale: 1, or the recorded one.
 
     Raises:
@@ -405,7 +351,7 @@ def _strengths(places: Iterable[Place], folder: AdapterFolder) -> dict[AdapterMo
     recorded = folder.record.get("strength")
     choices = [1.0, *([float(recorded)] if isinstance(recorded, int | float) else [])]
     found: dict[AdapterModule, float] = {}
-    for key, _, module, _ in places:
+    for key, _, module, _ in mine:
         if isinstance(module, LoRALinear) and module not in found:
             name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
             scale = folder.scale(name)
