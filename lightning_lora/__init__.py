@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         set_adapter_scale,
     )
     from lightning_lora.model.combine import add_weighted_adapter
+    from lightning_lora.model.loraplus import loraplus_param_groups
     from lightning_lora.model.mixed import mixed_batch
     from lightning_lora.model.residents import (
         active_adapter,
@@ -71,6 +72,7 @@ _HOME = {
     "list_adapters": "model.residents",
     "load_adapter": "io.adapter",
     "load_from_checkpoint": "io.checkpoint",
+    "loraplus_param_groups": "model.loraplus",
     "merge_adapters": "io.merge",
     "merge_to_disk": "io.merge_disk",
     "merged_state_dict": "io.merge",
@@ -105,6 +107,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_from_checkpoint",
+    "loraplus_param_groups",
     "merge_adapters",
     "merge_to_disk",
     "merged_state_dict",

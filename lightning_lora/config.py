@@ -47,6 +47,9 @@ class LoRAConfig:
         compute_dtype: Dtype that a packed base computes in: "auto" is that of the activations, which are
             cast down to it when it is narrower and never up.
         adapter_dtype: Dtype of the master adapters; they are cast to the activations' dtype in use.
+        loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): the learning rate of B as a multiple of that of A, such
+            as 16; null for the same rate. The `LoRA` callback sees to it in the optimizers of a run; without
+            a Trainer `loraplus_param_groups` does.
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -69,6 +72,7 @@ class LoRAConfig:
     quantize: QuantizeMode = "none"
     compute_dtype: DTypeName = "auto"
     adapter_dtype: MasterDTypeName = "fp32"
+    loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.use_dora:
@@ -81,6 +85,7 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        check_ratio(self.loraplus_lr_ratio)
         if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"`lora_dropout` must be a number in [0, 1), got {self.lora_dropout!r}")
         _check_names("target_modules", self.target_modules, str, list)
@@ -205,6 +210,16 @@ def _is_number(value: Any) -> bool:
 def _check_alpha(name: str, value: Any) -> None:
     if not _is_number(value) or not 0 < value < math.inf:
         raise ConfigError(f"`{name}` must be a positive number, got {value!r}")
+
+
+def check_ratio(value: Any) -> None:
+    """See that ``loraplus_lr_ratio`` is null or a factor.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise ConfigError(f"`loraplus_lr_ratio` must be a positive number, such as 16, or null, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

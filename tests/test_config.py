@@ -42,6 +42,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa"}, "`init_lora_weights` must be one of ['kaiming', 'gaussian'], got 'pissa'"),
     ({"quantize": "int3"}, "`quantize` must be one of ['none', 'nf4', 'nf4-dq', 'fp4', 'int8'], got 'int3'"),
     ({"compute_dtype": "fp8"}, "`compute_dtype` must be one of ['auto', 'fp32', 'bf16', 'fp16'], got 'fp8'"),
+    ({"loraplus_lr_ratio": 0}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got 0"),
+    ({"loraplus_lr_ratio": -4.0}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got -4.0"),
+    ({"loraplus_lr_ratio": math.inf}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got inf"),
+    ({"loraplus_lr_ratio": math.nan}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got nan"),
+    ({"loraplus_lr_ratio": True}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got True"),
+    ({"loraplus_lr_ratio": "16"}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got '16'"),
     ({"adapter_dtype": "auto"}, "`adapter_dtype` must be one of ['fp32', 'bf16', 'fp16'], got 'auto'"),
 ]
 

@@ -35,6 +35,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "sharding",
             "tensor_parallel",
             "gradients",
+            "loraplus",
             "optimizers",
         ),
         *("plain", "residents", "combine", "mixed"),

@@ -21,6 +21,7 @@ from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_lora, merged_layers
 from lightning_lora.model.gradients import GradientCheck, check_loss
+from lightning_lora.model.loraplus import part_groups, schedulers_in
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, held_by, repair_optimizers
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.strategies.registry import attach
@@ -57,6 +58,8 @@ class LoRA(Callback):
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
         compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.
         adapter_dtype: Dtype of the master adapters, kept under every `precision`.
+        loraplus_lr_ratio: LoRA+: the learning rate of B as a multiple of that of A, such as 16. Each group of the
+            optimizers that holds both is parted in two, and schedulers follow; null leaves the groups alone.
         init_from: Adapter folder, or a checkpoint of an earlier run, to start from: weights only. A checkpoint that
             is given to `fit` goes before it.
 
@@ -84,6 +87,7 @@ class LoRA(Callback):
         quantize: QuantizeMode = "none",
         compute_dtype: DTypeName = "auto",
         adapter_dtype: MasterDTypeName = "fp32",
+        loraplus_lr_ratio: float | None = None,
         init_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -104,6 +108,7 @@ class LoRA(Callback):
             quantize=quantize,
             compute_dtype=compute_dtype,
             adapter_dtype=adapter_dtype,
+            loraplus_lr_ratio=loraplus_lr_ratio,
         )
         self.init_from = init_from
         self.report: ApplyReport | None = None
@@ -134,6 +139,8 @@ class LoRA(Callback):
             result = configure_optimizers()
             with _rank_zero_notices(trainer):
                 repair_optimizers(_optimizers_in(result), pl_module, self._succession)
+            if self.config.loraplus_lr_ratio is not None:
+                part_groups(_optimizers_in(result), schedulers_in(result), pl_module, self.config.loraplus_lr_ratio)
             return result
 
         self._wrap(pl_module, "configure_model", converted)

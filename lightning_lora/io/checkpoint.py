@@ -56,7 +56,7 @@ from lightning_lora.nn.saved import SavedModule
 VERSION = 2
 
 # Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean.
-_FREE_FIELDS = ("lora_dropout", "init_lora_weights", "compute_dtype")
+_FREE_FIELDS = ("lora_dropout", "init_lora_weights", "compute_dtype", "loraplus_lr_ratio")
 # Fields that choose modules: two spellings of the same choice are the same.
 _CHOOSING_FIELDS = (
     "target_modules",

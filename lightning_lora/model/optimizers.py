@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import Notice, OptimizerError
 from lightning_lora.model.apply import adapter_modules, trained_outside
+from lightning_lora.model.loraplus import check_same_ratio
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
 
@@ -183,8 +184,9 @@ def fitting_state(state: dict[str, Any], optimizer: Optimizer, shapes: Sequence[
         shapes: Of its parameters, whole, where a process holds parts that do not know them.
 
     Raises:
-        OptimizerError: Groups or shapes differ in another way.
+        OptimizerError: Groups or shapes differ in another way, or the ratio of learning rates does.
     """
+    check_same_ratio(state["param_groups"], optimizer)
     whole = iter(shapes or [p.shape for group in optimizer.param_groups for p in group["params"]])
     held = [[next(whole) for _ in group["params"]] for group in optimizer.param_groups]
     stored = [group["params"] for group in state["param_groups"]]

@@ -198,7 +198,10 @@ class DeepSpeedStateMixin(ShardedStateMixin):
     def _kind(self) -> dict[str, Any]:
         """What DeepSpeed cannot change in its shards."""
         stage = self.config["zero_optimization"]["stage"]
-        return {"stage": stage, "processes": self.world_size, "precision": self.precision_plugin.precision}
+        kind = {"stage": stage, "processes": self.world_size, "precision": self.precision_plugin.precision}
+        record = adapter_record(self._converted_module())
+        ratio = None if record is None else record.config.loraplus_lr_ratio
+        return {**kind, "loraplus_lr_ratio": ratio}  # None in checkpoints that were written before there was one
 
     def _trained_value(self, tensor: Tensor) -> Tensor:
         """A whole tensor, of full precision in training; every process calls it."""

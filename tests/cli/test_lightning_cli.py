@@ -99,6 +99,30 @@ def test_optimizer_from_the_command_line_gives_the_bits_of_a_configured_one() ->
         assert torch.equal(a.lora_B, b.lora_B)
 
 
+def test_loraplus_from_yaml_parts_the_optimizer_and_its_schedule(tmp_path: Path) -> None:
+    """LightningCLI makes optimizer and scheduler before there are adapters; both have a group of B's in the run."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+trainer:
+  max_steps: 8
+  callbacks:
+    - class_path: lightning_lora.LoRA
+      init_args: {r: 4, loraplus_lr_ratio: 16}
+optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+lr_scheduler: {class_path: torch.optim.lr_scheduler.ExponentialLR, init_args: {gamma: 0.5}}
+"""
+    )
+    cli = run("fit", "--config", str(config), *QUICK[1:], module=TinyBase)
+    (optimizer,) = cli.trainer.optimizers
+    assert [g["lr"] for g in optimizer.param_groups] == [0.005, 0.08]  # after one epoch
+    held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert held == [{id(m.lora_A) for m in adapters(cli)}, {id(m.lora_B) for m in adapters(cli)}]
+    printed = yaml.safe_load(cli.parser.dump(cli.config))
+    (entry,) = printed["fit"]["trainer"]["callbacks"] if "fit" in printed else printed["trainer"]["callbacks"]
+    assert entry["init_args"]["loraplus_lr_ratio"] == 16
+
+
 def test_optimizer_by_its_short_name_in_a_process_of_its_own() -> None:
     """``--optimizer=AdamW`` from a shell: nothing that is imported by then makes the name ambiguous."""
     code = """

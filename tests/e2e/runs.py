@@ -52,10 +52,12 @@ class Noisy(Dataset):
 class Module(LM):
     """A plain net with dropout; with a scheduler when asked to; may draw in hooks and in validation."""
 
-    def __init__(self, seed: int = 0, schedule: bool | str = False, drawing: bool = False) -> None:
+    def __init__(
+        self, seed: int = 0, schedule: bool | str = False, drawing: bool = False, optimizer: str = "AdamW"
+    ) -> None:
         torch.manual_seed(0)
         super().__init__(TinyNet(dropout=0.1), lr=5e-3)
-        self.seed, self.schedule, self.drawing = seed, schedule, drawing
+        self.seed, self.schedule, self.drawing, self.optimizer = seed, schedule, drawing, optimizer
         self.seen: list[Tensor] = []
         self.epochs: list[int] = []
 
@@ -85,8 +87,13 @@ class Module(LM):
             torch.rand(3)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with a scheduler a step when asked to."""
-        optimizer = super().configure_optimizers()
+        """AdamW or one of bitsandbytes', with a scheduler a step when asked to."""
+        optimizer: torch.optim.Optimizer = super().configure_optimizers()
+        if self.optimizer != "AdamW":
+            from bitsandbytes import optim
+
+            few = {"min_8bit_size": 16} if "8bit" in self.optimizer else {}
+            optimizer = getattr(optim, self.optimizer)(self.parameters(), lr=self.lr, **few)
         if not self.schedule:
             return optimizer
         if isinstance(self.schedule, str):  # reads as "step val_loss"
@@ -119,6 +126,8 @@ class Scenario:
     noisy: bool = False
     schedule: bool | str = False
     drawing: bool = False
+    optimizer: str = "AdamW"
+    loraplus_lr_ratio: float | None = None
     validation: bool = False
     steps: int = STEPS
     cut: int = CUT
@@ -209,10 +218,11 @@ def fit(
     """Train; returns the module and the notices."""
     folder = Path(s.folder, name)
     L.seed_everything(7, verbose=False)  # the same in all runs, as a script has it
-    module = Module(seed, s.schedule, s.drawing)
+    module = Module(seed, s.schedule, s.drawing, s.optimizer)
     seed_all(seed)
     loader = train_loader(s)
-    callbacks: list[L.Callback] = [LoRA(r=4, lora_dropout=0.1, quantize=s.quantize)]  # type: ignore[arg-type]
+    lora = LoRA(r=4, lora_dropout=0.1, quantize=s.quantize, loraplus_lr_ratio=s.loraplus_lr_ratio)  # type: ignore[arg-type]
+    callbacks: list[L.Callback] = [lora]
     if s.save == "every":
         callbacks.append(ModelCheckpoint(folder, filename="cut", every_n_train_steps=s.cut, save_top_k=-1))
     elif s.save == "epoch_end":

@@ -41,6 +41,13 @@ EXACT: dict[str, dict[str, Any]] = {
                          "trainer": {"val_check_interval": 5}},
     "plateau_between": {"schedule": "step val_loss", "cut": 11, "validation": True,
                         "trainer": {"val_check_interval": 5}},
+    "loraplus": {"loraplus_lr_ratio": 16, "schedule": True},
+    "loraplus_plateau": {"loraplus_lr_ratio": 4, "schedule": "step val_loss", "cut": 10, "save": "monitor",
+                         "validation": True, "trainer": {"val_check_interval": 5}},
+    "adamw_8bit": {"optimizer": "AdamW8bit", "quantize": "nf4", "loraplus_lr_ratio": 16},
+    "paged_adamw": {"optimizer": "PagedAdamW"},
+    "paged_adamw_8bit": {"optimizer": "PagedAdamW8bit", "schedule": True},
+    "lion_8bit": {"optimizer": "Lion8bit"},
     # between epochs
     "epochs_step": {"size": 32, "cut": 16, "drawing": True},
     "epochs_end": {"size": 32, "cut": 16, "save": "epoch_end", "schedule": True},
