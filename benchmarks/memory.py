@@ -10,9 +10,10 @@ apart; the embedded input requires a gradient, as in a deep model.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from variants import arguments, build, environment, saved_base
 
 SHAPE = {
@@ -22,10 +23,8 @@ SHAPE = {
 NAMES = "frozen,ours,ours-drop,ours-nf4,peft-same,peft-same-drop,peft,peft-drop"
 
 
-def saved_bytes(model: torch.nn.Module, batch: int, length: int) -> int:
-    """Bytes saved by the second decoder layer."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer = base.model.layers[1]
+def saved_by_layer(model: nn.Module, layer: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that ``layer`` saves for backward while ``run`` computes ``model``; its own tensors apart."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
     held: list[Tensor] = []  # keeps addresses from being used again
@@ -42,13 +41,18 @@ def saved_bytes(model: torch.nn.Module, batch: int, length: int) -> int:
         layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)),
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, False)),
     ]
-    ids = torch.randint(256, (batch, length))
-    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        base.model(inputs_embeds=embedded, use_cache=False)
+        run()
     for hook in hooks:
         hook.remove()
     return sum(seen.values())
+
+
+def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
+    """Bytes saved by the second decoder layer."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedded = base.get_input_embeddings()(torch.randint(256, (batch, length))).detach().requires_grad_()
+    return saved_by_layer(model, base.model.layers[1], lambda: base.model(inputs_embeds=embedded, use_cache=False))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -93,18 +93,11 @@ def test_a_checkpoint_of_another_ratio_does_not_resume_and_its_weights_do(tmp_pa
         assert all(torch.equal(p, stored[name]) for name, p in adapter_state_dict(module).items())
 
 
-def test_groups_of_the_modules_own_need_no_ratio_in_the_callback(tmp_path: Path) -> None:
-    for lora in (LoRA(r=4, loraplus_lr_ratio=8), LoRA(r=4)):
-        module = Early("AdamW", loraplus_lr=0.1)
-        trainer = make_trainer(tmp_path, [lora])
-        if lora.config.loraplus_lr_ratio is None:
-            with pytest.raises(
-                ValueError, match="`loraplus_lr_ratio` is neither given nor in the model's `LoRAConfig`"
-            ):
-                trainer.fit(module, loader())
-            continue
-        trainer.fit(module, loader())
-        assert [g["lr"] for g in trainer.optimizers[0].param_groups] == pytest.approx([0.1, 0.8])
+def test_groups_that_the_module_makes_take_the_ratio_of_the_callback(tmp_path: Path) -> None:
+    module = Early("AdamW", loraplus_lr=0.1)
+    trainer = make_trainer(tmp_path, [LoRA(r=4, loraplus_lr_ratio=8)])
+    trainer.fit(module, loader())
+    assert [g["lr"] for g in trainer.optimizers[0].param_groups] == pytest.approx([0.1, 0.8])
 
 
 class Named(LM):
