@@ -75,7 +75,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "forgetting": (
         *("statistics", "sequential", "power", "transfer", "metrics"),
         *("arguments", "schedule", "bank", "sources", "catalogue", "tasks"),
-        *("encoding", "forward", "scoring", "report", "monitor"),
+        *("encoding", "forward", "scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
     ),
     "reporting": ("forgetting",),
     "strategies": (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The item bank: every document of every task, shuffled once, a few of them for each look."""
+"""The item bank: every document of every task, shuffled once, fresh ones for each look."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ItemBank:
 
     Each task's documents are shuffled once by the seed. A look takes the next ones of every task, tasks in
     proportion to their sizes (at least one item each), so that every look is a small picture of the whole
-    bank and no item comes twice before all have come. After that the same order begins again.
+    bank and no item comes twice before all of its task have come. Then the task is shuffled anew.
 
     Args:
         sizes: number of documents of each task.
-        items_per_look: how many items a look takes over all tasks.
+        items_per_look: how many items a look takes over all tasks when it is not told another number.
         seed: of the shuffle.
 
     Raises:
@@ -30,34 +30,87 @@ class ItemBank:
         if items_per_look < 1:
             raise ConfigError(f"`items_per_eval` must be 1 or more: got {items_per_look}.")
         self.sizes = dict(sizes)
+        self.items_per_look = items_per_look
         self.seed = seed
-        self.quota = _quotas(self.sizes, items_per_look)
-        self._order = {name: _shuffled(n, f"{seed}/{name}") for name, n in self.sizes.items()}
+        self._taken = dict.fromkeys(self.sizes, 0)  # items of each task so far, over all passes through it
 
     @property
-    def fresh_looks(self) -> int:
-        """How many looks bring only items that none before them had."""
-        return min(n // self.quota[name] for name, n in self.sizes.items())
+    def size(self) -> int:
+        """Number of documents of all tasks."""
+        return sum(self.sizes.values())
 
-    def items(self, look: int) -> dict[str, list[int]]:
-        """Documents of a look, by task, ascending.
+    @property
+    def used_up(self) -> list[str]:
+        """Tasks of which every item has been taken once or more."""
+        return [name for name, taken in self._taken.items() if taken >= self.sizes[name]]
+
+    @property
+    def fresh(self) -> int:
+        """Number of documents that no look has taken."""
+        return sum(max(0, n - self._taken[name]) for name, n in self.sizes.items())
+
+    def take(self, items: int | None = None) -> dict[str, list[int]]:
+        """The documents of the next look, by task, ascending.
+
+        A look that comes to the end of a task takes what is left of it, and the next begins the task anew.
 
         Args:
-            look: number of the look, from 0.
+            items: how many over all tasks; None for the number that the bank was given.
         """
-        taken = {}
-        for name, order in self._order.items():
-            start = look * self.quota[name]
-            taken[name] = sorted(order[i % len(order)] for i in range(start, start + self.quota[name]))
+        taken = self._ahead(items)
+        for name, ids in taken.items():
+            self._taken[name] += len(ids)
         return taken
 
-    def everything(self) -> dict[str, list[int]]:
-        """All documents, by task."""
-        return {name: list(range(n)) for name, n in self.sizes.items()}
+    def sample(self, items: int | None = None) -> dict[str, list[int]]:
+        """So many documents, those that no look has taken before the others; none counts as taken by this.
 
-    def describe(self) -> dict[str, Any]:
-        """What makes the sequence of looks what it is, in primitives: two equal ones give equal items."""
-        return {"seed": self.seed, "sizes": dict(self.sizes), "quota": dict(self.quota)}
+        Args:
+            items: how many over all tasks; None for the whole bank.
+        """
+        if items is None or items >= self.size:
+            return {name: list(range(n)) for name, n in self.sizes.items()}
+        found = {}
+        for name, count in _quotas(self.sizes, items).items():
+            start = min(self._taken[name], self.sizes[name])
+            order = self._order(name, 0)
+            found[name] = sorted((order[start:] + order[:start])[:count])
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which bank it is, and how many items of each task have been taken, in primitives."""
+        return {**self._identity(), "taken": dict(self._taken)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Go on where `state_dict` was taken: no item twice.
+
+        Args:
+            state: what `state_dict` gave.
+
+        Returns:
+            Whether it was of this bank. If not, nothing has changed.
+        """
+        mine = self._identity()
+        if any(state.get(key) != mine[key] for key in mine):
+            return False
+        self._taken = {name: int(state["taken"][name]) for name in self.sizes}
+        return True
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "sizes": dict(self.sizes)}
+
+    def _ahead(self, items: int | None) -> dict[str, list[int]]:
+        found = {}
+        for name, count in _quotas(self.sizes, self.items_per_look if items is None else items).items():
+            turn, start = divmod(self._taken[name], self.sizes[name])
+            found[name] = sorted(self._order(name, turn)[start : start + count])
+        return found
+
+    def _order(self, name: str, turn: int) -> list[int]:
+        """A task's documents in the order of a pass through it."""
+        order = list(range(self.sizes[name]))
+        random.Random(f"{self.seed}/{name}/{turn}" if turn else f"{self.seed}/{name}").shuffle(order)
+        return order
 
 
 def _quotas(sizes: Mapping[str, int], items: int) -> dict[str, int]:
@@ -70,9 +123,3 @@ def _quotas(sizes: Mapping[str, int], items: int) -> dict[str, int]:
     for name in by_remainder[: max(0, items - sum(quota.values()))]:
         quota[name] = min(quota[name] + 1, sizes[name])
     return quota
-
-
-def _shuffled(n: int, seed: str) -> list[int]:
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    return order

@@ -3,17 +3,18 @@
 
 ::
 
-    look k:   bank -> items -> model's scores ---.
-                          `-> base's scores  ----+-> paired statistics -> Report -> alarm?
-    verdict:  the whole bank, the same way
+    look k:   bank -> fresh items -> model's scores ---.
+                                 `-> base's scores  ---+-> paired statistics -> Report
+                                                       `-> bets, one a task  -> alarm?
+    verdict:  the whole bank -> paired statistics, tests of them -> Report
 """
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, Protocol
 
 from torch import nn
@@ -22,17 +23,16 @@ from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting import statistics
 from lightning_lora.forgetting.arguments import check_levels
 from lightning_lora.forgetting.bank import ItemBank
+from lightning_lora.forgetting.paired import PairedScores, Scores
 from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled
-from lightning_lora.forgetting.scoring import ItemScore, Scorer
+from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
-from lightning_lora.model.apply import adapter_modules, disable_adapters
+from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import rank_and_world
 
-log = logging.getLogger(__name__)
-
-
 #: Takes a report and the scores behind it, of the model and of the base, by task, item by item in one order.
-Recorder = Callable[[Report, Mapping[str, Sequence[ItemScore]], Mapping[str, Sequence[ItemScore]]], None]
+Recorder = Callable[[Report, Scores, Scores], None]
 
 
 class Observer(Protocol):
@@ -54,17 +54,22 @@ class Observer(Protocol):
 class Monitor:
     """Takes looks at a model in training, keeps what they found, and says when it forgets.
 
-    The alarm: a lower confidence bound of the drop, of all items together or of one task alone, lies above
-    the tolerance. A look takes it from soft accuracy, which shows a drop on fewer items; the verdict from
-    accuracy itself. The error probability alpha is shared out over looks and, within a look, over the tests.
+    The alarm: each task's bet against "no drop of soft accuracy above the tolerance" goes on from look to look on
+    fresh items, and the mean of their capitals has come to 1/alpha (see `EProcess`). The verdict, on every item of the
+    bank, tests accuracy itself, once: the drop's one-sided lower bound lies above the tolerance, Holm's correction
+    over the tasks and all items together.
+
+    Target tasks are scored at the same looks and by the same paired statistics, and nothing is decided by them: they
+    say what was learned.
 
     Args:
         tasks: loaded tasks.
-        items_per_look: items of a look over all tasks; see `ItemBank`.
+        items_per_look: items of a look over all tasks, and as many over all target tasks; see `ItemBank`.
         seed: shuffles the bank.
         tolerance: a drop that is nobody's concern [share of items].
-        alpha: probability of an alarm in the whole run when no drop exceeds the tolerance. A run prolonged
-            after its plan was used up spends it anew.
+        alpha: probability of an alarm at any look of the run when no drop exceeds the tolerance, and apart from it
+            of one at the verdict.
+        targets: loaded target tasks.
         observers: measure something else at each look.
         recorders: take each report with the scores behind it, on every rank.
 
@@ -79,157 +84,197 @@ class Monitor:
         seed: int = 0,
         tolerance: float = 0.005,
         alpha: float = 0.05,
+        targets: Mapping[str, LoadedTask] | None = None,
         observers: Sequence[Observer] = (),
         recorders: Sequence[Recorder] = (),
     ) -> None:
         check_levels(tolerance, alpha)
-        self.tasks = dict(tasks)
-        self.observers = list(observers)
-        self.recorders = list(recorders)
-        self.bank = ItemBank({name: task.n_docs for name, task in tasks.items()}, items_per_look, seed)
         self.tolerance = tolerance
         self.alpha = alpha
+        self.pairs = PairedScores(tasks)
+        self.bank = ItemBank(_sizes(tasks), items_per_look, seed)
+        self.target_pairs = PairedScores(targets or {})
+        self.target_bank = ItemBank(_sizes(targets or {}), items_per_look, seed)
+        self.observers = list(observers)
+        self.recorders = list(recorders)
         self.history: list[Report] = []
-        self.looks = 0
-        self._spent, self._tests = 0.0, 0  # of alpha: how much, on how many looks and verdicts
-        self._base: dict[tuple[str, str, str], ItemScore] = {}
+        self.bets = {name: EProcess(tolerance, alpha) for name in tasks}
 
     @property
     def last_step(self) -> int | None:
         """Optimizer step of the newest look; None before the first."""
         return self.history[-1].step if self.history else None
 
-    def look(self, scorer: Scorer, step: int, left: int | None = None) -> Report:
+    @property
+    def e_value(self) -> float:
+        """The evidence of a drop above the tolerance that all looks have gathered: the mean of the tasks' capitals."""
+        return mean_e_value([bet.e_value for bet in self.bets.values()])
+
+    def look(self, scorer: Scorer, step: int, left: int | None = None, items: int | None = None) -> Report:
         """Compare model and base on the next items of the bank.
 
         Args:
             scorer: the model.
             step: optimizer steps taken.
-            left: looks and verdicts of the run still to come, this one included; None when nobody knows.
+            left: looks of the run still to come, this one included; None when nobody knows.
+            items: how many items to take; None for ``items_per_look``.
         """
-        if self.looks == self.bank.fresh_looks:
-            log.info("Every item of some task has been used once; from here on items come again.")
-        report = self._report(scorer, step, "look", self.bank.items(self.looks), left)
-        self.looks += 1
-        return report
+        used_up = set(self.bank.used_up)
+        picked, targets = self.bank.take(items), self.target_bank.take(items)
+        again = [name for name in picked if name in used_up]
+        if set(again) - {name for report in self.history for name in report.again}:
+            notice(
+                f"Forgetting: every item of {', '.join(again)} has been looked at; from here on items come again, "
+                f"shuffled anew, and an alarm speaks of these very items, no longer of others like them. Fewer "
+                f"`items_per_eval` or fewer looks keep them fresh."
+            )
+        return self._report(scorer, step, "look", picked, targets, again, left)
 
-    def verdict(self, scorer: Scorer, step: int, left: int | None = None) -> Report:
+    def verdict(self, scorer: Scorer, step: int, items: int | None = None) -> Report:
         """Compare model and base on every item of the bank.
 
         Args:
             scorer: the model.
             step: optimizer steps taken.
-            left: looks and verdicts of the run still to come, this one included; None when nobody knows.
+            items: how many items at most, those first that no look has taken; None for all.
         """
-        return self._report(scorer, step, "verdict", self.bank.everything(), left)
+        return self._report(scorer, step, "verdict", self.bank.sample(items), self.target_bank.sample(items), [], None)
+
+    def begin_anew(self) -> None:
+        """Let the bets begin with a capital of 1 again: another question is asked from here on."""
+        for bet in self.bets.values():
+            bet.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Looks taken, their reports and the alpha spent, in primitives: some 400 bytes for a task and look."""
+        """Items taken, capitals, the base's scores and every report, in primitives."""
         return {
-            "bank": self.bank.describe(),
-            "looks": self.looks,
-            "spent": self._spent,
-            "tests": self._tests,
+            "bank": self.bank.state_dict(),
+            "target_bank": self.target_bank.state_dict(),
+            "bets": {name: bet.state_dict() for name, bet in self.bets.items()},
+            "base": self.pairs.state_dict(),
+            "target_base": self.target_pairs.state_dict(),
             "history": [report.to_dict() for report in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken: no look and no item twice.
+        """Go on where `state_dict` was taken: no look and no item twice, and the same capitals.
 
         Args:
-            state: what `state_dict` gave. With other tasks, seed or items a look it does not fit the bank:
-                a notice says so and the looks begin again.
+            state: what `state_dict` gave. With other tasks, another seed or tolerance a notice says what begins again.
         """
         self.history = [Report.from_dict(values) for values in state["history"]]
-        self._spent, self._tests = state["spent"], state["tests"]
-        if state["bank"] == self.bank.describe():
-            self.looks = state["looks"]
+        self.pairs.load_state_dict(state["base"])
+        self.target_pairs.load_state_dict(state["target_base"])
+        self.target_bank.load_state_dict(state["target_bank"])
+        if not self.bank.load_state_dict(state["bank"]):
+            notice(
+                "Forgetting: the checkpoint's looks were made with other tasks or another `seed`. Its history is kept; "
+                "items are taken from the start of the new bank, and the evidence for an alarm begins anew."
+            )
             return
-        _notice(
-            "Forgetting: the checkpoint's looks were made with other tasks, another `seed` or another "
-            "`items_per_eval`. Its history is kept; items are taken from the start of the new bank."
-        )
+        try:
+            for name, bet in self.bets.items():
+                bet.load_state_dict(state["bets"][name])
+        except ConfigError as error:
+            self.begin_anew()
+            notice(f"Forgetting: the evidence for an alarm begins anew. {error}")
 
     def _report(
-        self, scorer: Scorer, step: int, kind: str, picked: Mapping[str, Sequence[int]], left: int | None
+        self,
+        scorer: Scorer,
+        step: int,
+        kind: str,
+        picked: Mapping[str, Sequence[int]],
+        targets: Mapping[str, Sequence[int]],
+        again: list[str],
+        left: int | None,
     ) -> Report:
         start = time.perf_counter()
         with scorer.quietly():
-            model = scorer.score(self.tasks, picked)
-            base = self._base_scores(scorer, model, picked)
+            model, base = self.pairs.score(scorer, picked)
+            learned = self.target_pairs.score(scorer, targets) if targets else ({}, {})
             gauges = {key: float(x) for o in self.observers for key, x in o.measure(scorer, step).items()}
+        if not model:
+            raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
         if not self.history:
             _check_identity(scorer.module, model, base)
-        tasks = {name: compare(model[name], base[name]) for name in model if model[name]}
-        if not tasks:
-            raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
-        pooled = compare_pooled([(model[name], base[name]) for name in tasks])
-        alpha = self._spend(left)
-        bounds = drop_bounds(tasks, pooled, alpha, soft=kind == "look")
+        tasks = {name: compare(model[name], base[name]) for name in model}
+        pooled = compare_pooled([(model[name], base[name]) for name in model])
+        if kind == "look":
+            for name, bet in self.bets.items():
+                bet.update(_soft_drops(model, base, name), left)
+            alarms, p_holm = self._alarms_of_looks(), {}
+        else:
+            alarms, p_holm = self._alarms_of_verdict(tasks, pooled)
         report = Report(
             step=step,
             kind=kind,
             tasks=tasks,
             pooled=pooled,
-            drop_bounds=bounds,
-            alpha=alpha,
-            alarms=[name for name, lower in bounds.items() if lower > self.tolerance],
-            seconds=time.perf_counter() - start,
+            e_values={name: bet.e_value for name, bet in self.bets.items()},
+            e_value=self.e_value,
+            p_holm=p_holm,
+            alarms=alarms,
+            left_out=self.bank.size - sum(map(len, picked.values())) if kind == "verdict" else 0,
+            again=again,
+            learning={name: compare(learned[0][name], learned[1][name]) for name in learned[0]},
             gauges=gauges,
+            seconds=time.perf_counter() - start,
         )
         self.history.append(report)
         for record in self.recorders:
             record(report, model, base)
         return report
 
-    def _spend(self, left: int | None) -> float:
-        """This look's share of alpha. A run prolonged after its plan was used up gets a new alpha."""
-        if self.alpha - self._spent < 1e-9:
-            self._spent, self._tests = 0.0, 0
-        self._tests += 1
-        alpha = statistics.spend(self.alpha - self._spent, self._tests, left)
-        self._spent += alpha
-        return alpha
+    def _alarms_of_looks(self) -> list[str]:
+        """All together when the capital is there, and the tasks that stand out by themselves."""
+        if self.e_value < 1.0 / self.alpha:
+            return []
+        closed = closed_e_values({name: bet.e_value for name, bet in self.bets.items()})
+        return [POOLED, *(name for name, e in closed.items() if e >= 1.0 / self.alpha and len(closed) > 1)]
 
-    def _base_scores(
-        self, scorer: Scorer, model: Mapping[str, Sequence[ItemScore]], picked: Mapping[str, Sequence[int]]
-    ) -> dict[str, list[ItemScore]]:
-        """The base's scores of the same items, from the cache where that is exact.
-
-        In 16 bits a score depends a little on what shared its batch; there the base is asked in the very
-        batches of the model. In 32 bits only unseen items are asked.
-        """
-        if scorer.exact:
-            ask = {n: [s.doc_id for s in found if (n, *s.key) not in self._base] for n, found in model.items()}
-        else:
-            ask = {name: list(ids) for name, ids in picked.items()}
-        if any(ask.values()):
-            with disable_adapters(scorer.module):
-                for name, found in scorer.score(self.tasks, ask).items():
-                    self._base.update({(name, *score.key): score for score in found})
-        return {name: [self._base[(name, *score.key)] for score in found] for name, found in model.items()}
+    def _alarms_of_verdict(
+        self, tasks: Mapping[str, TaskReport], pooled: TaskReport
+    ) -> tuple[list[str], dict[str, float]]:
+        """What has dropped by more than the tolerance, and McNemar's p-values of the tasks, both corrected by Holm."""
+        tested = {POOLED: pooled, **(tasks if len(tasks) > 1 else {})}
+        above = statistics.holm({name: drop_p(found, self.tolerance) for name, found in tested.items()})
+        changed = statistics.holm({name: found.p_value for name, found in tasks.items()})
+        return [name for name, p in above.items() if p < self.alpha], changed
 
 
-def drop_bounds(tasks: Mapping[str, TaskReport], pooled: TaskReport, alpha: float, soft: bool) -> dict[str, float]:
-    """Lower confidence bounds of the drop of all items together and of each task, alpha shared among them.
+def drop_p(found: TaskReport, tolerance: float) -> float:
+    r"""One-sided p-value that the drop of accuracy is at most the tolerance.
+
+    .. math:: p = 1 - \Phi\left(\frac{-\Delta - \tau}{\max(SE, 1/n)}\right)
+
+    The floor :math:`1/n` is the error of one changed answer among n: a handful of items that happen to agree does not
+    pass for certainty.
 
     Args:
-        tasks: reports by task.
-        pooled: the report of all items together; with one task it is that task's, and only one test is made.
-        alpha: error probability of all bounds together.
-        soft: take soft accuracy instead of accuracy.
+        found: what was compared.
+        tolerance: :math:`\tau` [share of items].
     """
-    tested = {POOLED: pooled, **(tasks if len(tasks) > 1 else {})}
-    bounds = {}
-    for name, found in tested.items():
-        delta, se = (found.soft_delta, found.soft_delta_se) if soft else (found.delta, found.delta_se)
-        bounds[name] = statistics.drop_bound(delta, se, found.n_items, alpha / len(tested)).lower
-    return bounds
+    return NormalDist().cdf((found.delta + tolerance) / max(found.delta_se, 1.0 / found.n_items))
 
 
-def _check_identity(
-    module: nn.Module, model: Mapping[str, Sequence[ItemScore]], base: Mapping[str, Sequence[ItemScore]]
-) -> None:
+def notice(text: str) -> None:
+    """A warning, from one rank: all of them come to it."""
+    if rank_and_world()[0] == 0:
+        warnings.warn(text, Notice, stacklevel=3)
+
+
+def _sizes(tasks: Mapping[str, LoadedTask]) -> dict[str, int]:
+    return {name: task.n_docs for name, task in tasks.items()}
+
+
+def _soft_drops(model: Scores, base: Scores, name: str) -> list[float]:
+    """What a task's bet is on: soft accuracy of the base less that of the model, item by item."""
+    now, before = (statistics.soft_accuracy([s.margin for s in side.get(name, [])]) for side in (model, base))
+    return [b - m for m, b in zip(now, before, strict=True)]
+
+
+def _check_identity(module: nn.Module, model: Scores, base: Scores) -> None:
     """While nothing has been trained, adapters on and off must be one model, bit for bit."""
     if not all(adapter.untrained() for _, adapter in adapter_modules(module)):
         return
@@ -237,14 +282,8 @@ def _check_identity(
     differing = [(m, b) for m, b in pairs if m.loglikelihoods != b.loglikelihoods]
     if differing:
         most = max(abs(x - y) for m, b in differing for x, y in zip(m.loglikelihoods, b.loglikelihoods, strict=True))
-        _notice(
+        notice(
             f"Forgetting: the adapters are untrained, yet {len(differing)} of {len(pairs)} items score otherwise with "
             f"adapters on than off (by up to {most:.2g} nats). Either the model computes differently from call to call "
             f"(a nondeterministic kernel, a random layer in eval mode), or something else than the adapters changed."
         )
-
-
-def _notice(text: str) -> None:
-    """A warning, from one rank: all of them come to it."""
-    if rank_and_world()[0] == 0:
-        warnings.warn(text, Notice, stacklevel=3)

@@ -47,29 +47,35 @@ class Report:
 
     Args:
         step: optimizer steps taken when it was made.
-        kind: "look" for some items, "verdict" for the whole bank.
+        kind: "look" for some items, "verdict" for the whole bank, or as much of it as a time budget holds.
         tasks: what was found, by task.
         pooled: all items of all tasks together, each with the same weight.
-        drop_bounds: lower confidence bound of the drop of each task and of all together [share of items].
-        alpha: error probability that these bounds share.
-        alarms: the names whose bound lies above the tolerance.
+        alarms: what has dropped by more than the tolerance: names of tasks, and "pooled".
+        left_out: items of the bank that a verdict left out, since the time budget did not hold them.
         seconds: how long it took [s].
         e_values: evidence of a drop above the tolerance that all looks so far have gathered, by task.
+        e_value: their mean; from 1/alpha on it is an alarm.
+        p_holm: at the verdict: `TaskReport.p_value` by task, made safe for being one of many by Holm.
+        again: tasks of which the look took items that an earlier one had taken.
         learning: what was found on the target tasks, by task.
         gauges: further numbers, by the keys under which they are logged; nothing is decided by them.
+        outcome: what the alarm led to, in primitives; empty when nothing was changed.
     """
 
     step: int
     kind: str
     tasks: dict[str, TaskReport]
     pooled: TaskReport
-    drop_bounds: dict[str, float]
-    alpha: float
     alarms: list[str]
     seconds: float
+    left_out: int = 0
     e_values: dict[str, float] = field(default_factory=dict)
+    e_value: float = 1.0
+    p_holm: dict[str, float] = field(default_factory=dict)
+    again: list[str] = field(default_factory=list)
     learning: dict[str, TaskReport] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
+    outcome: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in primitives, as JSON holds it."""
@@ -94,7 +100,8 @@ class Report:
             for key, value in asdict(task).items()
             if key not in ("p_value", "soft_delta_se") or self.kind == "verdict"
         }
-        return {**found, **self.gauges, "forgetting/seconds": self.seconds}
+        found |= {f"forgetting/{name}/p_holm": p for name, p in self.p_holm.items()}
+        return {**found, **self.gauges, "forgetting/e_value": self.e_value, "forgetting/seconds": self.seconds}
 
     def summary(self) -> str:
         """One line for people."""
@@ -102,7 +109,11 @@ class Report:
             f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f} +- {100 * r.delta_se:.1f})"
             for name, r in ({**self.tasks, POOLED: self.pooled} if len(self.tasks) > 1 else self.tasks).items()
         ]
-        return f"forgetting, {self.kind} at step {self.step}: {'; '.join(parts)} [{self.seconds:.1f} s]"
+        part = f" ({self.left_out:,} items of the bank left out: beyond the time budget)" if self.left_out else ""
+        return (
+            f"forgetting, {self.kind} at step {self.step}{part}: {'; '.join(parts)}, e-value {self.e_value:.3g} "
+            f"[{self.seconds:.1f} s]"
+        )
 
 
 def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport:
