@@ -74,7 +74,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "forgetting": (
         *("statistics", "sequential", "power", "transfer", "metrics"),
-        *("arguments", "schedule", "bank", "sources", "catalogue", "tasks"),
+        *("arguments", "schedule", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
     ),
     "reporting": ("forgetting",),
@@ -82,7 +82,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
-    "callbacks": ("lora", "adapter_checkpoint", "forgetting_monitor", "merge_on_fit_end"),
+    "callbacks": ("lora", "adapter_checkpoint", "ending", "forgetting_monitor", "merge_on_fit_end"),
     "cli": ("inspect", "merge", "main"),
 }
 

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_lora.callbacks.ending import held_until, renew_checkpoints, run_length, when_it_stops
 from lightning_lora.errors import ConfigError, Notice, TaskError, UnsupportedError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
@@ -24,16 +25,21 @@ from lightning_lora.forgetting.arguments import (
     task_label,
 )
 from lightning_lora.forgetting.encoding import name_tokenizer
+from lightning_lora.forgetting.loading import load_on_ranks
 from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
-from lightning_lora.forgetting.report import Report
+from lightning_lora.forgetting.remedies import outcome_text, roll_back, scale_down
+from lightning_lora.forgetting.report import Report, alarm_text
 from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
-from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
+from lightning_lora.forgetting.snapshots import Snapshots
+from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import is_adapted
-from lightning_lora.ranks import from_rank_zero, rank_and_world, together
+from lightning_lora.ranks import from_rank_zero, together
 
-_ACTIONS = ("warn", "stop")
-_LATER = ("rollback", "scale")
+_ACTIONS = ("warn", "stop", "rollback", "scale")
+
+#: Of this callback's state; a checkpoint's of another format is not read.
+_FORMAT = 2
 
 
 class ForgettingMonitor(Callback):
@@ -53,7 +59,9 @@ class ForgettingMonitor(Callback):
     | ``forgetting/<task>/flips_gained`` | items | wrong with the base, right now |
     | ``forgetting/<task>/soft_delta`` | share of items | paired difference of soft accuracy |
     | ``forgetting/<task>/n_items`` | items | how many were compared |
-    | ``forgetting/<task>/p_value`` | | at the end: exact McNemar test of the flips |
+    | ``forgetting/<task>/p_value``, ``p_holm`` | | at the end: exact McNemar test of the flips; corrected by Holm |
+    | ``forgetting/e_value`` | | evidence of a drop above the tolerance so far; an alarm from 1/alpha on |
+    | ``learning/<task>/...`` | | the same numbers for `target_tasks` |
     | ``forgetting/seconds`` | s | how long the look took |
 
     Example::
@@ -65,6 +73,9 @@ class ForgettingMonitor(Callback):
 
     Args:
         tasks: Names of lm-eval tasks or groups, paths of task YAML files, or dicts with lm-eval's task keys.
+        target_tasks: Tasks of the field that is being learned, given alike: scored at the same looks by the same
+            paired statistics and logged as ``learning/<task>/...``. They raise no alarm. A target loss that falls
+            while they stay flat is style learned without knowledge.
         tokenizer: Folder, name or object; None for the LightningModule's own attribute ``tokenizer``.
         forward: What computes logits from token ids: None for the one transformers model inside the module,
             the name of a part of the module, or a function or its import path, ``(input_ids) -> logits`` or
@@ -80,14 +91,18 @@ class ForgettingMonitor(Callback):
         num_fewshot: Examples in each prompt; None for what each task says.
         include_path: Folder or folders of task YAML files, searched before lm-eval's own.
         tolerance: A drop of accuracy that is nobody's concern, 0.005 for half a point.
-        alpha: Probability of an alarm in the whole run when no drop exceeds the tolerance.
+        alpha: Probability of an alarm at any look of the run when no drop exceeds the tolerance, and apart from it
+            of one at the verdict.
         on_forgetting: What an alarm does: "warn", or "stop" to end training after this step, or as soon as the
-            trainer's min_steps and min_epochs allow.
+            trainer's min_steps and min_epochs allow. "rollback" and "scale" end it likewise and leave less of the
+            adapters: those of the newest look that holds, or the adapters times the largest scale that holds, where
+            to hold is to lie below the base by no more than the tolerance over the whole bank. An alarm of the
+            verdict does the same, and a second verdict follows. ``outcome`` says what was done.
         seed: Shuffles the bank of items.
 
     Raises:
         ConfigError: For a value out of range or of another type, and when no look would ever be made.
-        UnsupportedError: For an ``on_forgetting`` that this version does not build.
+        UnsupportedError: At fit start, for "rollback" under FSDP 1 or DeepSpeed.
         TaskError: At fit start, for a task that cannot be loaded.
     """
 
@@ -108,20 +123,18 @@ class ForgettingMonitor(Callback):
         include_path: str | list[str] | None = None,
         tolerance: float = 0.005,
         alpha: float = 0.05,
-        on_forgetting: Literal["warn", "stop"] = "warn",
+        on_forgetting: Literal["warn", "stop", "rollback", "scale"] = "warn",
         seed: int = 0,
+        target_tasks: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if on_forgetting in _LATER:
-            raise UnsupportedError(
-                f"`on_forgetting`={on_forgetting!r} is not built in this version; use one of {', '.join(_ACTIONS)}."
-            )
         check_choice("on_forgetting", on_forgetting, _ACTIONS)
         check_levels(tolerance, alpha)
         check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
         check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
         check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
         self.tasks = as_tasks("tasks", tasks)
+        self.target_tasks = [] if target_tasks is None else as_tasks("target_tasks", target_tasks)
         self.tokenizer = tokenizer
         self.forward = forward
         self.schedule = Schedule(every_n_steps, every_n_epochs, as_steps(at_steps), as_fractions(at_fractions))
@@ -144,14 +157,17 @@ class ForgettingMonitor(Callback):
         self.observers: list[Observer] = []
         #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
         self.recorders: list[Recorder] = []
-        self._loaded: dict[str, LoadedTask] | None = None
+        #: What an alarm led to: ``by``, ``step``, and ``rolled_back_to`` or ``scale`` with ``holds``; None without.
+        self.outcome: dict[str, Any] | None = None
+        self._loaded: tuple[dict[str, LoadedTask], dict[str, LoadedTask]] | None = None
         self._monitor: Monitor | None = None
         self._scorer: Scorer | None = None
         self._restored: dict[str, Any] | None = None
         self._length = RunLength(None, None)
         self._seen_step = 0
         self._unlogged: dict[str, float] = {}
-        self._stopping = False
+        self._snapshots = Snapshots()
+        self._said: set[str] = set()
 
     @property
     def history(self) -> list[Report]:
@@ -178,30 +194,43 @@ class ForgettingMonitor(Callback):
                 f"none. Add the LoRA callback, or call apply_lora in configure_model."
             )
         name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
+        strategy = trainer.strategy
+        if self.on_forgetting == "rollback" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise UnsupportedError(
+                f'`on_forgetting="rollback"` is not built under {type(strategy).__name__}, which keeps its own copies '
+                f'of the adapters. Use "scale" or "stop", or the strategy "ddp" or "model_parallel" (FSDP 2).'
+            )
         if self._loaded is None:
-            self._loaded = self._load(trainer.local_rank)
+            every = [*self.tasks, *self.target_tasks]
+            rank_zero_info(f"ForgettingMonitor loads {len(every)} task(s): {', '.join(map(task_label, every))}")
+            self._loaded = load_on_ranks(
+                self.tasks, self.target_tasks, self.num_fewshot, self.include_path, trainer.local_rank
+            )
         with together("make ready to score", TaskError):
             self._scorer = Scorer(
                 pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
             )
-        history = self._monitor
+        if self._restored is None:
+            self._restored = self.state_dict() or None
+        tasks, targets = self._loaded
         self._monitor = Monitor(
-            self._loaded,
+            tasks,
             self.items_per_eval,
             self.seed,
             self.tolerance,
             self.alpha,
+            targets,
             self.observers,
             self.recorders,
         )
-        if self._restored is None and history is not None:
-            self._restored = history.state_dict()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_up(trainer.global_step)
-        self._length = _length(trainer)
+        self._take_up(trainer)
+        self._length = run_length(trainer)
         self._check_steps(trainer)
+        if self.on_forgetting == "rollback" and not self._snapshots.steps:
+            self._snapshots.take(pl_module, trainer.global_step)
         if self.look_at_start and not self._monitor_or_fail().history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
             self._unlogged = self._look(trainer).metrics()
@@ -225,8 +254,17 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.outcome is not None and self._is_owed():
+            with together("act on forgetting", TaskError):
+                self._remedy(self.outcome)
+            rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome)}")
         if self.verdict_at_end:
+            before = self.outcome
             self._look(trainer, verdict=True)
+            if self.outcome is not before and self.on_forgetting in ("rollback", "scale"):
+                self._look(trainer, verdict=True)  # of what is left
+        if self.outcome is not None and self.on_forgetting in ("rollback", "scale"):
+            renew_checkpoints(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -234,34 +272,49 @@ class ForgettingMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._monitor is None else self._monitor.state_dict()
+        if self._monitor is None:
+            return {}
+        return {
+            "format": _FORMAT,
+            "monitor": self._monitor.state_dict(),
+            "snapshots": self._snapshots.state_dict(),
+            "outcome": None if self.outcome is None else dict(self.outcome),
+            "said": sorted(self._said),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _load(self, local_rank: int) -> dict[str, LoadedTask]:
-        """Load the tasks, on the first rank of each machine first: it fills the cache that others read."""
-        rank_zero_info(f"ForgettingMonitor loads {len(self.tasks)} task(s): {', '.join(map(task_label, self.tasks))}")
-        loaded: dict[str, LoadedTask] | None = None
-        if rank_and_world()[1] > 1:
-            with together("load tasks", TaskError):
-                if local_rank == 0:
-                    loaded = load_tasks(self.tasks, self.num_fewshot, self.include_path)
-        with together("load tasks", TaskError):
-            loaded = loaded or load_tasks(self.tasks, self.num_fewshot, self.include_path)
-        return loaded
-
-    def _take_up(self, step: int) -> None:
+    def _take_up(self, trainer: Trainer) -> None:
         """Go on from a checkpoint or from an earlier fit of this run; a run that begins anew begins anew."""
+        state, self._restored = self._restored, None
+        self._snapshots, self.outcome, self._said = Snapshots(), None, set()
+        self._seen_step = trainer.global_step
+        if state is not None and state.get("format") != _FORMAT:
+            self._say(trainer, "Forgetting: the checkpoint's looks are of another version of this package: left out.")
+            return
+        if state is None or not state["monitor"]["history"]:
+            return
         monitor = self._monitor_or_fail()
-        if self._restored is not None and self._restored["history"]:
-            last = self._restored["history"][-1]["step"]
-            if last <= step:
-                monitor.load_state_dict(self._restored)
-        self._restored = None
-        self._seen_step = step
-        self._stopping = False
+        if state["monitor"]["history"][-1]["step"] > trainer.global_step:
+            return
+        monitor.load_state_dict(state["monitor"])
+        self._snapshots.load_state_dict(state["snapshots"])
+        self.outcome, self._said = state["outcome"], set(state["said"])
+        if self.outcome is None:
+            return
+        if held_until(trainer):
+            trainer.should_stop = True  # the wish is not in the checkpoint
+            return
+        self._say(
+            trainer,
+            f"Forgetting: this run was ended at step {self.outcome['step']} by `on_forgetting`. "
+            f"{outcome_text(self.outcome)} It goes on from these adapters, with the optimizer as it was at the end, "
+            f"and the evidence for an alarm begins anew.",
+        )
+        monitor.begin_anew()
+        self._snapshots, self.outcome, self._said = Snapshots(), None, set()
 
     def _check_steps(self, trainer: Trainer) -> None:
         end = self._length.steps
@@ -279,66 +332,69 @@ class ForgettingMonitor(Callback):
             )
 
     def _look(self, trainer: Trainer, verdict: bool = False) -> Report:
-        monitor = self._monitor_or_fail()
-        if self._scorer is None:
-            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
+        monitor, scorer = self._monitor_or_fail(), self._scorer_or_fail()
         step = trainer.global_step
-        after = 0 if verdict else self.schedule.looks_left(step, self._length)
-        left = None if after is None else after + 1 + (self.verdict_at_end and not verdict)
         with together("look at forgetting", TaskError):
-            report = (monitor.verdict if verdict else monitor.look)(self._scorer, step, left)
+            if verdict:
+                report = monitor.verdict(scorer, step)
+            else:
+                after = self.schedule.looks_left(step, self._length)
+                report = monitor.look(scorer, step, None if after is None else after + 1)
         rank_zero_info(report.summary())
         for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
+            logger.log_metrics(report.metrics(), step=step)
         self._act(trainer, report)
-        return report
+        return monitor.history[-1]
 
     def _act(self, trainer: Trainer, report: Report) -> None:
         alarms = from_rank_zero(report.alarms)
         if not alarms:
+            if self.on_forgetting == "rollback" and report.kind == "look" and self.outcome is None:
+                self._snapshots.take(self._scorer_or_fail().module, report.step)
             return
-        stops = self.on_forgetting == "stop" and report.kind == "look"
-        found = "; ".join(f"{n} by at least {100 * report.drop_bounds[n]:.1f} points" for n in alarms)
+        ends = (
+            self.on_forgetting != "warn"
+            and self.outcome is None
+            and (report.kind == "look" or self.on_forgetting in ("rollback", "scale"))
+        )
+        text = alarm_text(report, self.alpha, self.tolerance)
+        if ends:
+            self.outcome = {"by": self.on_forgetting, "step": report.step}
+            if not (report.kind == "look" and held_until(trainer)):
+                with together("act on forgetting", TaskError):
+                    self._remedy(self.outcome)
+            text += f" {outcome_text(self.outcome)}".rstrip()
+            if report.kind == "look":
+                text += f" {when_it_stops(trainer)}, as `on_forgetting` says."
+                trainer.should_stop = True
+            self._monitor_or_fail().history[-1] = replace(report, outcome=dict(self.outcome))
+        if ends or report.kind == "verdict" or set(alarms) - self._said:
+            self._say(trainer, text)
+        self._said |= set(alarms)
+
+    def _is_owed(self) -> bool:
+        """Whether an alarm asked for less of the adapters, and the trainer would not stop then."""
+        return self.on_forgetting in ("rollback", "scale") and "holds" not in (self.outcome or {})
+
+    def _remedy(self, outcome: dict[str, Any]) -> None:
+        """Leave less of the adapters, and write down what was done."""
+        monitor, scorer = self._monitor_or_fail(), self._scorer_or_fail()
+        picked = monitor.bank.sample()
+        if self.on_forgetting == "rollback":
+            outcome |= roll_back(scorer, monitor.pairs, picked, self._snapshots, self.tolerance)
+        elif self.on_forgetting == "scale":
+            outcome |= scale_down(scorer, monitor.pairs, picked, self.tolerance)
+
+    def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:
-            warnings.warn(
-                f"Forgetting at step {report.step}: below the base {found}, at an error probability of {self.alpha:g} "
-                f"over the run (tolerance {100 * self.tolerance:g} points)."
-                + (f" {_when_it_stops(trainer)}, as `on_forgetting` says." if stops and not self._stopping else ""),
-                Notice,
-                stacklevel=2,
-            )
-        if stops:
-            trainer.should_stop = self._stopping = True
+            warnings.warn(text, Notice, stacklevel=2)
+
+    def _scorer_or_fail(self) -> Scorer:
+        if self._scorer is None:
+            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
+        return self._scorer
 
     def _monitor_or_fail(self) -> Monitor:
         if self._monitor is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         return self._monitor
-
-
-def _when_it_stops(trainer: Trainer) -> str:
-    """The Trainer heeds no wish to stop before its ``min_steps`` and ``min_epochs`` are done."""
-    held = []
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    if trainer.min_steps and trainer.global_step < trainer.min_steps:
-        held.append(f"step {trainer.min_steps} (`min_steps`)")
-    if trainer.min_epochs and epochs.processed < trainer.min_epochs:
-        held.append(f"epoch {trainer.min_epochs} (`min_epochs`)")
-    return (
-        f"Training stops only when the trainer has done {' and '.join(held)}"
-        if held
-        else "Training stops after this step"
-    )
-
-
-def _length(trainer: Trainer) -> RunLength:
-    """How long the run is by plan."""
-    try:
-        end = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes with the epoch
-        end = trainer.max_steps
-    batches = trainer.num_training_batches
-    return RunLength(
-        steps=int(end) if 0 < end < math.inf else None,
-        epoch=None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches),
-    )

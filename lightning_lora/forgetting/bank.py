@@ -119,7 +119,7 @@ def _quotas(sizes: Mapping[str, int], items: int) -> dict[str, int]:
     items = min(items, total)
     exact = {name: items * n / total for name, n in sizes.items()}
     quota = {name: max(1, int(share)) for name, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (int(exact[name]) - exact[name], name))
+    by_remainder = sorted(exact, key=lambda name: (quota[name] - exact[name], name))
     for name in by_remainder[: max(0, items - sum(quota.values()))]:
         quota[name] = min(quota[name] + 1, sizes[name])
     return quota

@@ -31,7 +31,8 @@ from lightning_lora.forgetting.tasks import POOLED, LoadedTask
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import rank_and_world
 
-#: Takes a report and the scores behind it, of the model and of the base, by task, item by item in one order.
+#: Takes a report and the scores behind it, of the model and of the base, by task and target task, item by item in one
+#: order.
 Recorder = Callable[[Report, Scores, Scores], None]
 
 
@@ -199,11 +200,12 @@ class Monitor:
         if not self.history:
             _check_identity(scorer.module, model, base)
         tasks = {name: compare(model[name], base[name]) for name in model}
+        p_holm: dict[str, float] = {}
         pooled = compare_pooled([(model[name], base[name]) for name in model])
         if kind == "look":
             for name, bet in self.bets.items():
                 bet.update(_soft_drops(model, base, name), left)
-            alarms, p_holm = self._alarms_of_looks(), {}
+            alarms = self._alarms_of_looks()
         else:
             alarms, p_holm = self._alarms_of_verdict(tasks, pooled)
         report = Report(
@@ -223,7 +225,7 @@ class Monitor:
         )
         self.history.append(report)
         for record in self.recorders:
-            record(report, model, base)
+            record(report, {**model, **learned[0]}, {**base, **learned[1]})
         return report
 
     def _alarms_of_looks(self) -> list[str]:

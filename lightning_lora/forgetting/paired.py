@@ -61,9 +61,7 @@ class PairedScores:
 
     def state_dict(self) -> dict[str, Any]:
         """The base's scores, in primitives: some 250 bytes an item."""
-        return {
-            name: [list(astuple(score)) for score in found.values()] for name, found in self._base.items()
-        }
+        return {name: [list(astuple(score)) for score in found.values()] for name, found in self._base.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the base's scores from `state_dict`; an item whose text or prompt has changed is asked again.
@@ -72,8 +70,10 @@ class PairedScores:
             state: what `state_dict` gave. Tasks that are not loaded here are left out.
         """
         for name in self._base.keys() & state.keys():
-            scores = (ItemScore(*(tuple(x) if isinstance(x, list) else x for x in row)) for row in state[name])
-            self._base[name].update((score.doc_id, score) for score in scores)
+            for row in state[name]:
+                fields: Any = [tuple(x) if isinstance(x, list) else x for x in row]  # JSON makes lists of tuples
+                score = ItemScore(*fields)
+                self._base[name][score.doc_id] = score
 
     def _knows(self, name: str, score: ItemScore) -> bool:
         known = self._base[name].get(score.doc_id)

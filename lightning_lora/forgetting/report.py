@@ -153,3 +153,30 @@ def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore
         n_items=len(correct),
         p_value=statistics.mcnemar_p(lost, gained),
     )
+
+
+def alarm_text(report: Report, alpha: float, tolerance: float) -> str:
+    """Why a report has alarms, in sentences.
+
+    Args:
+        report: a look or verdict with alarms.
+        alpha: error probability.
+        tolerance: a drop that is nobody's concern [share of items].
+    """
+    found = {**report.tasks, POOLED: report.pooled}
+    if report.kind == "look":
+        below = ", ".join(
+            f"{n} {100 * found[n].soft_delta:+.1f} +- {100 * found[n].soft_delta_se:.1f}"
+            for n in report.alarms
+            if n in found
+        )
+        return (
+            f"Forgetting at step {report.step}: the looks so far are evidence of {report.e_value:.3g} to 1 for a drop "
+            f"of more than {100 * tolerance:g} points below the base; an alarm from {1 / alpha:.3g} on (alpha "
+            f"{alpha:g}). Soft accuracy at this look, in points: {below}."
+        )
+    below = ", ".join(f"{n} {100 * found[n].delta:+.1f} +- {100 * found[n].delta_se:.1f}" for n in report.alarms)
+    return (
+        f"Forgetting at step {report.step}, the verdict: below the base by more than {100 * tolerance:g} points at an "
+        f"error probability of {alpha:g}, in points of accuracy: {below}."
+    )

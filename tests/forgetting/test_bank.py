@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,24 +15,34 @@ from lightning_lora.forgetting.bank import ItemBank
 banks = st.tuples(
     st.dictionaries(st.sampled_from("abcd"), st.integers(1, 80), min_size=1), st.integers(1, 100), st.integers(0, 5)
 )
+looks = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
 
-@given(banks)
-def test_looks_bring_no_item_twice_before_all_have_come(given_bank: tuple[dict[str, int], int, int]) -> None:
+@given(banks, looks)
+def test_looks_of_any_size_bring_no_item_twice_before_all_have_come(
+    given_bank: tuple[dict[str, int], int, int], given_looks: list[int]
+) -> None:
     sizes, items, seed = given_bank
     bank = ItemBank(sizes, items, seed)
     seen: dict[str, list[int]] = {name: [] for name in sizes}
-    for look in range(bank.fresh_looks):
-        for name, ids in bank.items(look).items():
+    for look in given_looks:
+        for name, ids in bank.take(look).items():
             assert ids == sorted(set(ids))
             seen[name] += ids
-    assert all(len(set(ids)) == len(ids) for ids in seen.values())
+    for name, n in sizes.items():
+        for start in range(0, len(seen[name]), n):  # each pass through the task
+            turn = seen[name][start : start + n]
+            assert len(set(turn)) == len(turn)
+    assert bank.fresh == sum(n - len(set(seen[name])) for name, n in sizes.items())
+    assert bank.used_up == [name for name, n in sizes.items() if len(seen[name]) >= n]
 
 
 @given(banks)
 def test_look_has_the_asked_number_in_proportion(given_bank: tuple[dict[str, int], int, int]) -> None:
     sizes, items, seed = given_bank
-    quota = ItemBank(sizes, items, seed).quota
+    bank = ItemBank(sizes, items, seed)
+    assert bank.size == sum(sizes.values())
+    quota = {name: len(ids) for name, ids in bank.take().items()}
     total = min(items, sum(sizes.values()))
     assert all(1 <= quota[name] <= n for name, n in sizes.items())
     assert total <= sum(quota.values()) <= total + len(sizes)  # more only where a task would have none
@@ -38,19 +50,50 @@ def test_look_has_the_asked_number_in_proportion(given_bank: tuple[dict[str, int
         assert abs(quota[name] - total * n / sum(sizes.values())) <= 1
 
 
-def test_every_item_comes_when_looks_divide_the_bank() -> None:
+@given(banks, looks)
+def test_a_cut_changes_nothing(given_bank: tuple[dict[str, int], int, int], given_looks: list[int]) -> None:
+    whole, first, second = (ItemBank(*given_bank) for _ in range(3))
+    cut = len(given_looks) // 2
+    for look in given_looks[:cut]:
+        first.take(look)
+    assert second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    expected = [whole.take(look) for look in given_looks]
+    assert [second.take(look) for look in given_looks[cut:]] == expected[cut:]
+
+
+def test_every_item_comes_and_then_all_again_in_another_order() -> None:
     bank = ItemBank({"a": 30, "b": 10}, 8)
-    assert bank.quota == {"a": 6, "b": 2}
-    assert bank.fresh_looks == 5
-    assert sorted(i for look in range(5) for i in bank.items(look)["a"]) == list(range(30))
-    assert bank.items(5) == bank.items(0)  # the same order again
-    assert bank.everything() == {"a": list(range(30)), "b": list(range(10))}
+    first = [bank.take() for _ in range(5)]
+    assert {name: len(ids) for name, ids in first[0].items()} == {"a": 6, "b": 2}
+    assert sorted(i for look in first for i in look["a"]) == list(range(30))
+    again = [bank.take() for _ in range(5)]
+    assert sorted(i for look in again for i in look["a"]) == list(range(30))
+    assert again != first
+
+
+def test_a_sample_takes_unseen_items_first_and_counts_none() -> None:
+    bank = ItemBank({"a": 30, "b": 10}, 8)
+    assert bank.sample() == bank.sample(99) == {"a": list(range(30)), "b": list(range(10))}
+    seen = bank.take(20)
+    part = bank.sample(20)
+    assert {name: set(ids) & set(part[name]) for name, ids in seen.items()} == {"a": set(), "b": set()}
+    more = bank.sample(24)
+    assert {name: len(set(ids) & set(more[name])) for name, ids in seen.items()} == {"a": 3, "b": 1}
+    assert bank.fresh == 20
+    assert bank.take(20) == part
 
 
 def test_order_comes_from_the_seed_alone() -> None:
-    assert ItemBank({"a": 50}, 10, seed=1).items(2) == ItemBank({"a": 50}, 10, seed=1).items(2)
-    assert ItemBank({"a": 50}, 10, seed=1).items(2) != ItemBank({"a": 50}, 10, seed=2).items(2)
-    assert ItemBank({"a": 50}, 10).describe() == {"seed": 0, "sizes": {"a": 50}, "quota": {"a": 10}}
+    assert ItemBank({"a": 50}, 10, seed=1).take() == ItemBank({"a": 50}, 10, seed=1).take()
+    assert ItemBank({"a": 50}, 10, seed=1).take() != ItemBank({"a": 50}, 10, seed=2).take()
+
+
+def test_state_of_another_bank_is_not_taken() -> None:
+    bank = ItemBank({"a": 50}, 10)
+    bank.take()
+    for other in (ItemBank({"a": 50}, 10, seed=1), ItemBank({"a": 51}, 10), ItemBank({"b": 50}, 10)):
+        assert not other.load_state_dict(bank.state_dict())
+        assert other.fresh == other.size
 
 
 def test_bank_refuses_looks_without_items() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, Notice
-from lightning_lora.forgetting.monitor import Monitor, drop_bounds
+from lightning_lora.forgetting.monitor import Monitor, drop_p
 from lightning_lora.forgetting.report import Report, compare
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
@@ -60,7 +60,7 @@ def test_verdict_agrees_with_the_items(loaded: dict[str, LoadedTask], tokenizer:
     scorer = Scorer(model, tokenizer)
     monitor = Monitor(loaded)
     report = monitor.verdict(scorer, step=7)
-    bank = monitor.bank.everything()
+    bank = monitor.bank.sample()
     with scorer.quietly():
         on = scorer.score(loaded, bank)
         for _, module in adapter_modules(model):
@@ -119,23 +119,78 @@ def test_no_item_twice_over_looks_and_a_resume(loaded: dict[str, LoadedTask], to
 
     assert untimed(second) == untimed(whole)
     assert second.last_step == 4
-    assert sum(r.alpha for r in second.history) == pytest.approx(0.05 * 4 / 5)
-
-
-def test_a_prolonged_run_spends_alpha_anew(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
-    scorer, monitor = Scorer(tiny.adapted(), tokenizer), Monitor(loaded, items_per_look=6)
-    for step, left in enumerate((2, 1, 2, 1)):
-        monitor.look(scorer, step, left)
-    assert [r.alpha for r in monitor.history] == pytest.approx([0.025] * 4)
+    assert second.e_value == whole.e_value != 1.0
 
 
 def test_state_of_another_bank_begins_the_looks_again(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
     monitor = Monitor(loaded, items_per_look=12)
-    monitor.look(Scorer(tiny.adapted(), tokenizer), 1)
-    other = Monitor(loaded, items_per_look=20)
-    with pytest.warns(Notice, match="another `items_per_eval`"):
+    monitor.look(Scorer(tiny.adapted(0.3), tokenizer), 1)
+    other = Monitor(loaded, items_per_look=12, seed=1)
+    with pytest.warns(Notice, match="another `seed`"):
         other.load_state_dict(monitor.state_dict())
-    assert (other.looks, len(other.history)) == (0, 1)
+    assert (other.bank.fresh, other.e_value, len(other.history)) == (60, 1.0, 1)
+    other = Monitor(loaded, items_per_look=12, tolerance=0.1)
+    with pytest.warns(Notice, match="evidence for an alarm begins anew.*tolerance"):
+        other.load_state_dict(monitor.state_dict())
+    assert (other.bank.fresh, other.e_value) == (48, 1.0)
+    other = Monitor(loaded, items_per_look=20)  # larger looks go on where the smaller ones stopped
+    other.load_state_dict(monitor.state_dict())
+    assert (other.bank.fresh, other.e_value) == (48, monitor.e_value)
+
+
+def test_the_bases_scores_are_in_the_state(
+    loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]
+) -> None:
+    scorer, rows = scored(tiny.adapted(0.1))
+    first, second = Monitor(loaded, items_per_look=60), Monitor(loaded, items_per_look=60)
+    first.look(scorer, step=1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rows.clear()
+    found = second.verdict(scorer, step=2)
+    asked = sum(rows)
+    rows.clear()
+    assert {**found.to_dict(), "seconds": 0} == {**first.verdict(scorer, step=2).to_dict(), "seconds": 0}
+    assert asked == sum(rows)
+
+
+def test_items_that_come_again_are_named_and_said_once(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    scorer, monitor = Scorer(tiny.adapted(), tokenizer), Monitor(loaded, items_per_look=30)
+    assert [monitor.look(scorer, step).again for step in (1, 2)] == [[], []]
+    with pytest.warns(Notice, match="every item of alpha, beta has been looked at; from here on items come again") as w:
+        assert [monitor.look(scorer, step).again for step in (3, 4)] == [["alpha", "beta"]] * 2
+    assert len([x for x in w if "come again" in str(x.message)]) == 1
+
+
+def test_target_tasks_are_learning_and_raise_no_alarm(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    tasks, targets = {"alpha": loaded["alpha"]}, {"beta": loaded["beta"]}
+    scorer = Scorer(tiny.adapted(0.3), tokenizer)
+    report = Monitor(tasks, items_per_look=10, targets=targets).look(scorer, 1)
+    both = Monitor(targets, items_per_look=10).look(scorer, 1)
+    assert report.learning == both.tasks
+    assert list(report.tasks) == list(report.e_values) == ["alpha"]
+    assert report.metrics()["learning/beta/delta"] == both.tasks["beta"].delta
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_observers_and_recorders_are_told(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    class Draws:
+        def measure(self, scorer: Scorer, step: int) -> dict[str, float]:
+            assert not torch.is_grad_enabled()
+            assert not scorer.module.training
+            torch.rand(3)
+            return {"forgetting/kl": 0.25 * step}
+
+    told = []
+    monitor = Monitor(loaded, items_per_look=12, observers=[Draws()], recorders=[lambda *args: told.append(args)])
+    scorer = Scorer(tiny.adapted(0.1), tokenizer)
+    before = torch.get_rng_state()
+    report = monitor.look(scorer, 4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert report.metrics()["forgetting/kl"] == 1.0
+    (said, model, base), *rest = told
+    assert not rest
+    assert said is report
+    assert report.tasks["beta"] == compare(model["beta"], base["beta"])
 
 
 def test_report_round_trips_and_names_its_metrics(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
@@ -145,8 +200,8 @@ def test_report_round_trips_and_names_its_metrics(loaded: dict[str, LoadedTask],
     assert Report.from_dict(json.loads(json.dumps(look.to_dict()))) == look
     fields = {"acc", "acc_base", "delta", "delta_se", "flips_lost", "flips_gained", "soft_delta", "n_items"}
     expected = {f"forgetting/{name}/{f}" for name in ("alpha", "beta", "pooled") for f in fields}
-    assert set(look.metrics()) == expected | {"forgetting/seconds"}
-    assert set(verdict.metrics()) - set(look.metrics()) >= {"forgetting/alpha/p_value"}
+    assert set(look.metrics()) == expected | {"forgetting/e_value", "forgetting/seconds"}
+    assert set(verdict.metrics()) - set(look.metrics()) >= {"forgetting/alpha/p_value", "forgetting/beta/p_holm"}
     assert "alpha" in look.summary()
     assert "step 1" in look.summary()
 
@@ -155,19 +210,28 @@ def score(correct: float, margin: float, number: int) -> ItemScore:
     return ItemScore(number, (str(number), ""), (), correct, margin)
 
 
-def test_a_real_drop_alarms_and_no_drop_does_not() -> None:
-    """250 made-up items a task: one task loses every fifth right answer, another stays as it was."""
+def test_the_verdicts_test_finds_a_real_drop_and_no_other() -> None:
+    """250 made-up items: every fifth right answer lost, or none, or one of five items."""
     generator = torch.Generator().manual_seed(0)
     margins = torch.randn(250, generator=generator) + 0.5
     base = [score(float(m > 0), float(m), i) for i, m in enumerate(margins)]
     hurt = [score(0.0, -abs(s.margin), i) if i % 5 == 0 else s for i, s in enumerate(base)]
-    tasks = {"hurt": compare(hurt, base), "well": compare(base, base)}
-    for soft in (True, False):
-        bounds = drop_bounds(tasks, tasks["well"], 0.01, soft)
-        assert bounds["hurt"] > 0.005
-        assert bounds["well"] < 0.005
-        assert bounds["pooled"] < 0.005
-    assert set(drop_bounds({"well": tasks["well"]}, tasks["well"], 0.01, True)) == {"pooled"}
+    assert drop_p(compare(hurt, base), 0.005) < 1e-6
+    assert drop_p(compare(base, base), 0.0) == 0.5
+    assert drop_p(compare(base, base), 0.005) > 0.5
+    assert drop_p(compare(base, hurt), 0.005) > 0.999
+    few = [score(1.0, 1.0, i) for i in range(5)]
+    assert drop_p(compare([*few[:4], score(0.0, -1.0, 4)], few), 0.005) > 0.05
+
+
+def test_verdict_over_a_part_of_the_bank_says_so(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
+    monitor, scorer = Monitor(loaded, items_per_look=15), Scorer(tiny.adapted(0.3), tokenizer)
+    look = monitor.look(scorer, 1)
+    part, whole = monitor.verdict(scorer, 2, items=30), monitor.verdict(scorer, 2)
+    assert (look.left_out, part.left_out, whole.left_out) == (0, 30, 0)
+    assert (part.pooled.n_items, whole.pooled.n_items) == (30, 60)
+    assert "30 items of the bank left out: beyond the time budget" in part.summary()
+    assert "left out" not in whole.summary()
 
 
 def test_broken_model_alarms(loaded: dict[str, LoadedTask], scored: Callable[..., tuple[Scorer, list[int]]]) -> None:

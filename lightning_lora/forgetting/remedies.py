@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Remedies: what is done to the adapters of a model that forgets, when training ends for it.
+
+Both look for the most of what was learned that *holds*: neither accuracy nor soft accuracy lies below the base's by
+more than the tolerance, over the items of the bank.
+
+.. math:: holds \iff \max(-\Delta, -\Delta_{soft}) \le \tau
+
+A single look is too small to say that; the whole bank is not. Since the choice is made on these items, the drop on
+others may be a little larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_lora.forgetting.paired import PairedScores
+from lightning_lora.forgetting.report import TaskReport
+from lightning_lora.forgetting.scales import drop_at, largest_that_holds, multiply_scale
+from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.snapshots import Snapshots
+from lightning_lora.model.apply import adapter_modules
+from lightning_lora.ranks import from_rank_zero
+
+#: Into how many parts the way from the base to the adapter is cut where a scale is chosen.
+PARTS = 16
+
+#: How often, at most, a scale is tried: halvings of `PARTS`.
+SCALE_TRIES = 4
+
+
+def holds(found: TaskReport, tolerance: float) -> bool:
+    """Whether neither accuracy has dropped by more than the tolerance; every rank is told rank 0's answer.
+
+    Args:
+        found: what was compared.
+        tolerance: a drop that is nobody's concern [share of items].
+    """
+    return from_rank_zero(max(-found.delta, -found.soft_delta) <= tolerance)
+
+
+def roll_back(
+    scorer: Scorer,
+    pairs: PairedScores,
+    picked: Mapping[str, Sequence[int]],
+    snapshots: Snapshots,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Put back the newest snapshot that holds.
+
+    Untrained adapters hold by themselves. When none of the snapshots holds, the oldest is put back.
+
+    Args:
+        scorer: the model; its adapters are changed.
+        pairs: the tasks, and what is known of the base.
+        picked: documents by task on which it must hold.
+        snapshots: where to go back to, at least one.
+        tolerance: a drop that is nobody's concern [share of items].
+
+    Returns:
+        ``rolled_back_to``, the optimizer step of the snapshot, and ``holds``.
+    """
+    model = scorer.module
+    for step in reversed(snapshots.steps):
+        snapshots.put_back(model, step)
+        untrained = from_rank_zero(all(module.untrained() for _, module in adapter_modules(model)))
+        if untrained or holds(drop_at(scorer, pairs, picked), tolerance):
+            return {"rolled_back_to": step, "holds": True}
+    return {"rolled_back_to": step, "holds": False}
+
+
+def scale_down(
+    scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]], tolerance: float
+) -> dict[str, Any]:
+    """Multiply the adapters by the largest scale that holds.
+
+    When not even the smallest one tried holds, that is set: a scale of 0 would leave nothing that could be saved.
+
+    Args:
+        scorer: the model; the strength of its adapters is changed.
+        pairs: the tasks, and what is known of the base.
+        picked: documents by task on which it must hold.
+        tolerance: a drop that is nobody's concern [share of items].
+
+    Returns:
+        ``scale``, by which the adapters were multiplied, and ``holds``.
+    """
+    found = largest_that_holds(lambda lam: holds(drop_at(scorer, pairs, picked, lam), tolerance), PARTS)
+    scale = found or 1 / PARTS
+    multiply_scale(scorer.module, scale)
+    return {"scale": scale, "holds": found is not None}
+
+
+def outcome_text(outcome: Mapping[str, Any]) -> str:
+    """What was done, as sentences; "" when nothing was changed.
+
+    Args:
+        outcome: what `roll_back` or `scale_down` gave.
+    """
+    if "rolled_back_to" in outcome:
+        step = outcome["rolled_back_to"]
+        why = (
+            "the newest kept look that holds over the bank"
+            if outcome["holds"]
+            else "the oldest kept look, and not even it holds over the bank"
+        )
+        return f"The adapters are those of step {step} again, {why}; the optimizer's state is not taken back."
+    if "scale" in outcome:
+        why = "the largest scale that holds" if outcome["holds"] else "and not even that holds"
+        return f"The adapters were multiplied by {outcome['scale']:g}, {why} over the bank."
+    return ""
