@@ -75,6 +75,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         return adapter_path(self.best_model_path)
 
     @property
+    def recent(self) -> list[str]:
+        """The `keep_last_n` most recent checkpoints, oldest first."""
+        return list(self._recent)
+
+    @property
     def last_adapter_path(self) -> str:
         """The adapter folder of ``last.ckpt``; empty without `save_last`."""
         return adapter_path(self.last_model_path)
@@ -108,21 +113,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
         if state_dict.get("dirpath") == self.dirpath:
             self._recent = list(state_dict.get("recent", []))
-
-    def renew(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt``, and what was saved at this step without a metric, again, each with its adapter folder.
-
-        For whoever changes the adapters after the last save. Every rank takes part.
-
-        Args:
-            trainer: The Trainer, its training at an end.
-        """
-        newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        paths = [newest] if newest and (self.monitor is None or not self._is_among_best(newest)) else []
-        if self.last_model_path and os.path.realpath(self.last_model_path) not in map(os.path.realpath, paths):
-            paths.append(self.last_model_path)
-        for path in paths:
-            self._save_checkpoint(trainer, path)
 
     # ModelCheckpoint has no public way to see what it writes and removes. These four methods are where its
     # subclasses have hooked in since Lightning 1.x; the tests run each of them through a Trainer.

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.forgetting.schedule import RunLength
 
 
@@ -48,13 +48,24 @@ def when_it_stops(trainer: Trainer) -> str:
 def renew_checkpoints(trainer: Trainer) -> None:
     """Write the newest checkpoints again, since the adapters have changed after they were written.
 
-    Those are ``last.ckpt`` and, of `AdapterCheckpoint`, what it saved at this very step without a metric, with the
-    adapter folders beside them. Checkpoints that were chosen by a metric stay as they were when it was measured.
-    Every rank takes part.
+    Those are ``last.ckpt``, and what was saved at this very step; of `AdapterCheckpoint` with the adapter folders
+    beside them. Checkpoints that were chosen by a metric stay as they were when it was measured. Every rank takes part.
     """
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, AdapterCheckpoint):
-            callback.renew(trainer)
-        elif isinstance(callback, ModelCheckpoint) and callback.last_model_path:
-            # A link is replaced by a file of its own: what it leads to may be the best by some metric.
-            trainer.save_checkpoint(os.path.abspath(callback.last_model_path), callback.save_weights_only)
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        # There is no public way to see what a ModelCheckpoint saved when, nor to have it save once more.
+        paths: list[str] = []
+        if callback._last_global_step_saved == trainer.global_step:
+            newest = [callback.best_model_path] if callback.monitor is None else []
+            newest += callback.recent[-1:] if isinstance(callback, AdapterCheckpoint) else []
+            chosen = callback.best_k_models if callback.monitor is not None else ()
+            paths = [path for path in dict.fromkeys(newest) if path and path not in chosen]
+        last = callback.last_model_path
+        if last and os.path.realpath(last) not in map(os.path.realpath, paths):
+            for link in (last, adapter_path(last)):
+                if os.path.islink(link) and trainer.is_global_zero:
+                    os.remove(link)  # what it leads to stays as it is
+            paths.append(last)
+        for path in paths:
+            callback._save_checkpoint(trainer, path)

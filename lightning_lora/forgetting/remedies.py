@@ -24,10 +24,7 @@ from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import from_rank_zero
 
 #: Into how many parts the way from the base to the adapter is cut where a scale is chosen.
-PARTS = 16
-
-#: How often, at most, a scale is tried: halvings of `PARTS`.
-SCALE_TRIES = 4
+PARTS = 32
 
 
 def holds(found: TaskReport, tolerance: float) -> bool:

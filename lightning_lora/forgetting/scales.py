@@ -69,11 +69,11 @@ def drop_at(scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[i
     return compare_pooled([(model[name], base[name]) for name in model])
 
 
-def largest_that_holds(holds: Callable[[float], bool], parts: int = 16) -> float | None:
+def largest_that_holds(holds: Callable[[float], bool], parts: int = 32) -> float | None:
     r"""The largest of the scales :math:`1/p, 2/p, \dots, (p - 1)/p` that holds, by halving.
 
-    More of the adapter forgets more, so a scale is not asked about when a smaller one has failed. Four questions find
-    one of 15 scales.
+    More of the adapter forgets more, so a scale is not asked about when a smaller one has failed. Five questions find
+    one of 31 scales.
 
     Args:
         holds: whether the model holds at a scale.
