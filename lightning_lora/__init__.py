@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
+    from lightning_lora.callbacks.adapter_summary import AdapterSummary
     from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
@@ -54,10 +56,12 @@ _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterDDPStrategy": "strategies.ddp",
     "AdapterDeepSpeedStrategy": "strategies.deepspeed",
+    "AdapterDiagnostics": "callbacks.adapter_diagnostics",
     "AdapterFSDPStrategy": "strategies.fsdp",
     "AdapterModelParallelStrategy": "strategies.model_parallel",
     "AdapterSingleDeviceStrategy": "strategies.single_device",
     "AdapterStateMixin": "strategies.state",
+    "AdapterSummary": "callbacks.adapter_summary",
     "ApplyReport": "model.apply",
     "ForgettingMonitor": "callbacks.forgetting_monitor",
     "LoRA": "callbacks.lora",
@@ -89,10 +93,12 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterDDPStrategy",
     "AdapterDeepSpeedStrategy",
+    "AdapterDiagnostics",
     "AdapterFSDPStrategy",
     "AdapterModelParallelStrategy",
     "AdapterSingleDeviceStrategy",
     "AdapterStateMixin",
+    "AdapterSummary",
     "ApplyReport",
     "ForgettingMonitor",
     "LoRA",

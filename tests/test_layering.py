@@ -38,7 +38,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "loraplus",
             "optimizers",
         ),
-        *("plain", "residents", "combine", "mixed"),
+        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis"),
     ),
     "io": (
         "atomic",
@@ -77,12 +77,15 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("arguments", "schedule", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
     ),
-    "reporting": ("forgetting",),
+    "reporting": ("forgetting", "summary", "diagnostics"),
     "strategies": (
         *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
-    "callbacks": ("lora", "adapter_checkpoint", "ending", "forgetting_monitor", "merge_on_fit_end"),
+    "callbacks": (
+        *("lora", "adapter_checkpoint", "ending", "forgetting_monitor", "merge_on_fit_end"),
+        *("adapter_summary", "adapter_diagnostics"),
+    ),
     "cli": ("inspect", "merge", "main"),
 }
 
