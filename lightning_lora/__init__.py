@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
     from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
     from lightning_lora.callbacks.adapter_summary import AdapterSummary
+    from lightning_lora.callbacks.base_kl import BaseKL
     from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+    from lightning_lora.callbacks.replay_mix import ReplayMix
     from lightning_lora.config import LoRAConfig
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
@@ -63,10 +65,12 @@ _HOME = {
     "AdapterStateMixin": "strategies.state",
     "AdapterSummary": "callbacks.adapter_summary",
     "ApplyReport": "model.apply",
+    "BaseKL": "callbacks.base_kl",
     "ForgettingMonitor": "callbacks.forgetting_monitor",
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
+    "ReplayMix": "callbacks.replay_mix",
     "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
     "add_weighted_adapter": "model.combine",
@@ -100,10 +104,12 @@ __all__ = [
     "AdapterStateMixin",
     "AdapterSummary",
     "ApplyReport",
+    "BaseKL",
     "ForgettingMonitor",
     "LoRA",
     "LoRAConfig",
     "MergeOnFitEnd",
+    "ReplayMix",
     "active_adapter",
     "adapter_state_dict",
     "add_weighted_adapter",

@@ -62,6 +62,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "checkpoint_adapter",
         "adapter",
         "resumable",
+        "mixed_loader",
         "progress",
         "skeleton",
         "tied",
@@ -73,6 +74,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "merge_disk",
     ),
     "forgetting": (
+        "divergence",
         *("statistics", "sequential", "power", "transfer", "metrics"),
         *("arguments", "schedule", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
@@ -83,7 +85,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
-        *("lora", "adapter_checkpoint", "ending", "forgetting_monitor", "merge_on_fit_end"),
+        *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
+        *("ending", "forgetting_monitor", "merge_on_fit_end"),
         *("adapter_summary", "adapter_diagnostics"),
     ),
     "cli": ("inspect", "merge", "main"),

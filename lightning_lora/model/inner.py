@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -57,3 +58,15 @@ def outermost(names: Iterable[str]) -> list[str]:
 def clean_name(name: str) -> str:
     """``name`` without what `torch.compile`, FSDP and checkpoint wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` is in evaluation mode; after, each of its modules is in the mode it had, on exceptions too."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
