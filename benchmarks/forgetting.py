@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning against forgetting: plain LoRA, full fine-tuning, and what makes either forget less, on the small base.
 
-    python benchmarks/forgetting.py --out outputs/forgetting [--steps 100] [--seeds 0 1 2] [--only NAME] [--report]
+    python benchmarks/forgetting.py --out outputs/forgetting [--steps 60] [--seeds 0 1 2] [--only NAME] [--report]
 
-The small base (presidents' speeches) learns Shakespeare. The items of its three tasks are shared out: even documents
+The small base (presidents' speeches) learns Shakespeare. The items of two of its tasks are shared out: even documents
 for looks, alarms and every choice of a scale, odd ones for what is reported, which nothing in a run has seen. A run
-takes a minute or two on one core and is written to `OUT/runs`; runs that are there are not made again, so a script
+takes about a minute on one core and is written to `OUT/runs`; runs that are there are not made again, so a script
 that was stopped goes on. Then come a table, a plot and the checks; the exit code is 1 where one of them fails.
 """
 
@@ -28,19 +28,22 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # the examples are not a package
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo.shakespeare import Shakespeare, ShakespeareData
 from forgetting_report import report
+
+from demo.shakespeare import Shakespeare, ShakespeareData
 from lightning_lora import BaseKL, ForgettingMonitor, LoRA, ReplayMix
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import load_tasks
 from small_base.corpus import split_speeches
-from small_base.data import MODEL_DIR, TASK_NAMES, TASKS_DIR, blocks, load_tokenizer
+from small_base.data import MODEL_DIR, TASKS_DIR, blocks, load_tokenizer
 
+#: What may be forgotten. The base's third task, `word_order`, is hardly touched by any of the runs.
+TASK_NAMES = ("speech_continuation", "function_words")
 BLOCK = 128  # tokens a row
 LR = 2e-3  # of LoRA, where it is not the learning rate that is varied
 TOLERANCE = 0.01
-LOOKS = (2, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80)  # optimizer steps
-ITEMS = 150  # of a look: the half of the bank lasts for all looks
+LOOKS = (4, 8, 12, 16, 20, 25, 30, 35, 40, 50)  # optimizer steps
+ITEMS = 130  # of a look: the half of the bank lasts for all looks
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,15 @@ def monitor(tasks: Path, **kwargs: Any) -> ForgettingMonitor:
     """A monitor of the even half."""
     return ForgettingMonitor(
         [str(tasks / "looks" / f"{name}.yaml") for name in TASK_NAMES],
-        tokenizer=str(MODEL_DIR), at_steps=LOOKS, items_per_eval=ITEMS, tolerance=TOLERANCE, on_fit_end=False, **kwargs,
+        tokenizer=str(MODEL_DIR), at_steps=LOOKS, items_per_eval=ITEMS, tolerance=TOLERANCE, on_fit_start=False,
+        on_fit_end=False, **kwargs,
     )  # fmt: skip
 
 
 METHODS = {
     "full": Method("full fine-tuning", 5e-4, lambda tasks: []),
     "lora-low": Method("LoRA, lr 5e-4", 5e-4, lambda tasks: [lora()]),
-    "lora": Method("LoRA, lr 2e-3", LR, lambda tasks: [lora(), monitor(tasks)]),
+    "lora": Method("LoRA, lr 2e-3", LR, lambda tasks: [lora()]),
     "lora-high": Method("LoRA, lr 8e-3", 8e-3, lambda tasks: [lora()]),
     "base_kl": Method("BaseKL(1.0)", LR, lambda tasks: [lora(), BaseKL(1.0)]),
     "base_kl-rest": Method("BaseKL(1.0, non_target_only)", LR, lambda tasks: [lora(), BaseKL(1.0, True)]),
@@ -178,7 +182,7 @@ def quiet() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/forgetting"), help="folder for everything it writes")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", help="make this run and nothing else, such as lora-0")
     parser.add_argument("--report", action="store_true", help="make no run: table, plot and checks of those there")

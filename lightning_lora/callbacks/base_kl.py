@@ -142,11 +142,11 @@ class BaseKL(Callback):
                 f"Give `forward`: the name of the part of the module whose calls give logits. A whole LightningModule "
                 f"that was compiled calls none: compile the model inside it instead."
             )
-        total, positions = calls[0].logits.new_zeros((), dtype=torch.float32), 0
+        total = positions = calls[0].logits.new_zeros((), dtype=torch.float32)
         for call in calls:
             keep, targets = call.positions()
             with torch.no_grad(), evaluating(model), disable_adapters(pl_module):
-                base = logits_of(call.repeat(model))
+                base = call.fresh(logits_of(call.repeat(model)))
             masked = None
             if self.non_target_only:
                 masked = _required(targets).flatten()
@@ -155,7 +155,7 @@ class BaseKL(Callback):
                 call.logits.reshape(-1, vocabulary), base.reshape(-1, vocabulary), keep.flatten(), masked
             )
             positions = positions + keep.sum()
-        kl = total / torch.as_tensor(positions).clamp(min=1)
+        kl = total / positions.clamp(min=1)
         pl_module.log("base_kl", kl.detach(), on_step=True, on_epoch=False)
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + self.weight * kl}
@@ -176,6 +176,12 @@ class Call:
         if "use_cache" in inspect.signature(model.forward).parameters:
             kwargs["use_cache"] = False
         return model(*self.args, **kwargs)
+
+    def fresh(self, base: Tensor) -> Tensor:
+        """``base`` as memory of its own: a part of a model may hand on what it was given."""
+        own = [x for x in (self.logits, *self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        places = {x.untyped_storage().data_ptr() for x in own}
+        return base.clone() if base.untyped_storage().data_ptr() in places else base
 
     def positions(self) -> tuple[Tensor, Tensor | None]:
         """Which positions count, (batch, tokens) bool, and their target tokens, None where no ids were given."""
@@ -242,5 +248,3 @@ def _required(targets: Tensor | None) -> Tensor:
             "(batch, tokens): call it with `input_ids`, or leave the whole distribution in."
         )
     return targets
-
-

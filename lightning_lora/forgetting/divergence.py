@@ -36,7 +36,7 @@ def kl_sum(logits: Tensor, base: Tensor, keep: Tensor | None = None, masked: Ten
     Returns:
         The sum, float32 [nats].
     """
-    total: Tensor = _KLSum.apply(logits, base, keep, masked)  # type: ignore[no-untyped-call]
+    total: Tensor = _KLSum.apply(logits, base, keep, masked)
     return total
 
 

@@ -69,7 +69,7 @@ class Replay:
 
 
 def mixed(loader: Any, replay: Replay, share: Fraction) -> Any:
-    """A copy of ``loader`` that gives out ``replay``'s batches among its own; it ends where ``loader`` ends.
+    """A copy of ``loader`` that gives out ``replay``'s batches among its own, and ends where it has no more.
 
     Args:
         loader: Any loader; one with a state keeps its own and the place in the mixture.
@@ -79,10 +79,9 @@ def mixed(loader: Any, replay: Replay, share: Fraction) -> Any:
     Raises:
         UnsupportedError: The loader is of a kind that cannot be extended.
     """
-    kind = MixedLoader if hasattr(loader, "state_dict") else _Mixing
     try:
         own = copy.copy(loader)
-        own.__class__ = type(f"Mixed{type(loader).__name__}", (kind, type(loader)), {})
+        own.__class__ = _mixing(type(loader))
     except TypeError as error:
         raise UnsupportedError(
             f"batches cannot be mixed into a {type(loader).__name__}: give the Trainer a `DataLoader` or an iterable "
@@ -92,59 +91,62 @@ def mixed(loader: Any, replay: Replay, share: Fraction) -> Any:
     return own
 
 
-class _Mixing:
-    """Put before a loader's class by `mixed`."""
+def _mixing(kind: Any) -> type:
+    """A loader's class, extended. A mixin would change the layout of its objects, which then could not be of it."""
 
-    _replay: Replay
-    _share: Fraction
-    _given: int  # batches given out in this epoch, of both kinds
-    _begin: int  # where the next iterator begins
+    class Mixing(kind):
+        _replay: Replay
+        _share: Fraction
+        _given: int  # batches given out in this epoch, of both kinds
+        _begin: int  # where the next iterator begins
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()  # type: ignore[misc] # made now: loaders draw as they make it
-        self._given, self._begin = self._begin, 0
-        return self._mix(batches)
+        def __iter__(self) -> Iterator[Any]:
+            batches = super().__iter__()  # made now: loaders draw as they make it
+            self._given, self._begin = self._begin, 0
+            return self._mix(batches)
 
-    def __len__(self) -> int:
-        n = super().__len__()  # type: ignore[misc]
-        a, b = self._share.numerator, self._share.denominator
-        return (n - 1) * b // (b - a) + 1 if n else 0
+        def __len__(self) -> int:
+            if not hasattr(kind, "__len__"):
+                raise TypeError(f"a {kind.__name__} has no length")
+            n = super().__len__()
+            a, b = self._share.numerator, self._share.denominator
+            return n * b // (b - a)
 
-    def _mix(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            if int((self._given + 1) * self._share) > int(self._given * self._share):
+        def _mix(self, batches: Iterator[Any]) -> Iterator[Any]:
+            while True:
+                if int((self._given + 1) * self._share) > int(self._given * self._share):
+                    self._given += 1
+                    yield next(self._replay)
+                    continue
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    self._given = 0
+                    return
                 self._given += 1
-                yield next(self._replay)
-                continue
+                yield batch
+
+    class StatefulMixing(Mixing):
+        def state_dict(self) -> dict[str, Any]:
+            """The loader's own state and the place in the mixture."""
             try:
-                batch = next(batches)
-            except StopIteration:
-                self._given = 0
-                return
-            self._given += 1
-            yield batch
+                ended = self._given >= len(self)
+            except (TypeError, NotImplementedError):
+                ended = False
+            place = {"given": 0 if ended else self._given, "taken": self._replay.taken}
+            return {**super().state_dict(), _KEY: place}
 
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            """Begin at this place; where a run without a mixture wrote the state, with the first general batch."""
+            place = state.get(_KEY, {"given": 0, "taken": 0})
+            self._begin, self._replay.taken = place["given"], place["taken"]
+            super().load_state_dict({key: value for key, value in state.items() if key != _KEY})
 
-class MixedLoader(_Mixing):
-    """The same where the loader has a state."""
+        def rewind(self) -> None:
+            """Begin the next epoch instead of going on inside one."""
+            self._begin = 0
+            super().rewind()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's own state and the place in the mixture."""
-        try:
-            ended = self._given >= len(self)
-        except (TypeError, NotImplementedError):
-            ended = False
-        place = {"given": 0 if ended else self._given, "taken": self._replay.taken}
-        return {**super().state_dict(), _KEY: place}  # type: ignore[misc]
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin at this place; where the state is of a run without a mixture, at its place in its own batches."""
-        own = {key: value for key, value in state.items() if key != _KEY}
-        place = state.get(_KEY, {"given": 0, "taken": 0})
-        self._begin, self._replay.taken = place["given"], place["taken"]
-        super().load_state_dict(own)  # type: ignore[misc]
-
-    def rewind(self) -> None:
-        """Begin the next epoch instead of going on inside one."""
-        self._begin = 0
-        super().rewind()  # type: ignore[misc]
+    found: type = StatefulMixing if hasattr(kind, "state_dict") else Mixing
+    found.__name__ = found.__qualname__ = f"Mixed{kind.__name__}"
+    return found

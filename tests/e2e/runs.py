@@ -28,11 +28,14 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora import BaseKL, LoRA, ReplayMix, adapter_state_dict
 from lightning_lora.errors import Notice
 from tests.helpers import LM, TinyNet, Tokens
 
 STEPS, CUT = 60, 37
+
+#: Constant rows, as `Tokens` has none.
+GENERAL = torch.arange(24)[:, None].repeat(1, 16)
 
 
 class Noisy(Dataset):
@@ -129,6 +132,8 @@ class Scenario:
     optimizer: str = "AdamW"
     loraplus_lr_ratio: float | None = None
     validation: bool = False
+    replay: float = 0.0  # share of general batches
+    base_kl: float = 0.0  # weight of the divergence from the base
     steps: int = STEPS
     cut: int = CUT
     save: str = "every"  # batches, every, epoch_end, last, monitor, inside, after
@@ -222,7 +227,9 @@ def fit(
     seed_all(seed)
     loader = train_loader(s)
     lora = LoRA(r=4, lora_dropout=0.1, quantize=s.quantize, loraplus_lr_ratio=s.loraplus_lr_ratio)  # type: ignore[arg-type]
-    callbacks: list[L.Callback] = [lora]
+    callbacks: list[L.Callback] = [lora, BaseKL(s.base_kl, forward="net")]
+    if s.replay:
+        callbacks.append(ReplayMix(GENERAL, share=s.replay))
     if s.save == "every":
         callbacks.append(ModelCheckpoint(folder, filename="cut", every_n_train_steps=s.cut, save_top_k=-1))
     elif s.save == "epoch_end":
@@ -267,6 +274,7 @@ def play(s: Scenario, uncut: tuple[Module, list[str]] | None = None) -> dict[str
         "whole": {k: v.clone() for k, v in adapter_state_dict(whole).items()},
         "resumed": {k: v.clone() for k, v in adapter_state_dict(resumed).items()},
         "batches": [bool((a == b).all()) for a, b in zip(whole.seen[-len(resumed.seen) :], resumed.seen, strict=True)],
+        "seen": whole.seen,
         "notices": notices,
     }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_lora.rng import RNGState
-from tests.e2e.runs import Scenario, cut_path, fit
+from tests.e2e.runs import GENERAL, Scenario, cut_path, fit
 
 SCRIPT = Path(__file__).parent / "runs.py"
 ROOT = Path(__file__).parents[2]
@@ -31,10 +31,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "accumulation": {"steps": 8, "cut": 3, "size": 192, "loader": "plain", "save": "batches",
                      "trainer": {"accumulate_grad_batches": 3}},
     "plain_weighted": {**SHORT, "size": 80, "loader": "weighted", "drawing": True},
+    "replay": {**SHORT, "replay": 0.3, "base_kl": 0.5},
+    "replay_plain": {**SHORT, "replay": 0.3, "loader": "plain"},
     "injected": {**SHORT, "size": 160, "loader": "stateful_injected"},
     "epochs_injected": {**SHORT, "loader": "stateful_injected"},
 }  # fmt: skip
-EXACT = ("dense", "nf4", "stopped", "after_fit", "epochs", "epochs_plain", "plain", "accumulation", "plain_weighted")
+EXACT = ("dense", "nf4", "stopped", "after_fit", "epochs", "epochs_plain", "plain", "accumulation", "plain_weighted",
+         "replay", "replay_plain")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,21 @@ def test_what_is_not_exact_is_said_once(runs: Path, name: str, text: str) -> Non
     assert not all(result(runs, name, 0)["batches"])
     assert [text in n for n in result(runs, name, 0)["notices"]] == [True]
     assert result(runs, name, 1)["notices"] == []
+
+
+def test_general_batches_come_at_the_same_places_and_differ(runs: Path) -> None:
+    """Of 11 batches an epoch three are general; no item of these comes to both processes before all have come."""
+    general = {tuple(row.tolist()) for row in GENERAL}
+    places, items = [], []
+    for rank in (0, 1):
+        seen = [[tuple(row.tolist()) in general for row in batch] for batch in result(runs, "replay", rank)["seen"]]
+        assert all(len(set(batch)) == 1 for batch in seen)
+        places.append([batch[0] for batch in seen])
+        items += [tuple(row.tolist()) for batch in result(runs, "replay", rank)["seen"][:11] for row in batch]
+    assert places[0] == places[1]
+    assert places[0][:11] == [False] * 3 + [True] + [False] * 2 + [True] + [False] * 2 + [True] + [False]
+    replayed = [item for item in items if item in general]
+    assert len(replayed) == len(set(replayed)) == 24
 
 
 def test_checkpoint_holds_adapters_and_the_random_state_of_every_rank(runs: Path) -> None:

@@ -48,6 +48,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "paged_adamw": {"optimizer": "PagedAdamW"},
     "paged_adamw_8bit": {"optimizer": "PagedAdamW8bit", "schedule": True},
     "lion_8bit": {"optimizer": "Lion8bit"},
+    # mitigations of forgetting
+    "base_kl": {"base_kl": 0.5},
+    "replay": {"replay": 0.3},
+    "replay_second_epoch": {"replay": 0.3, "size": 24},
+    "replay_after_a_general_batch": {"replay": 0.5, "cut": 10, "noisy": True, "drawing": True},
+    "replay_plain": {"replay": 0.3, "loader": "plain", "noisy": True, "size": 24},
+    "replay_plain_between_epochs": {"replay": 0.5, "loader": "plain", "size": 20, "cut": 9, "save": "epoch_end"},
+    "replay_workers": {"replay": 0.3, "workers": 2},
     # between epochs
     "epochs_step": {"size": 32, "cut": 16, "drawing": True},
     "epochs_end": {"size": 32, "cut": 16, "save": "epoch_end", "schedule": True},
