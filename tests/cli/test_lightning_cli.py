@@ -20,7 +20,7 @@ import lightning_lora
 from lightning_lora.nn.linear import LoRALinear
 from tests.cli.tiny import Tiny, TinyBase, TinyData
 
-CALLBACKS = ("LoRA", "AdapterCheckpoint", "ForgettingMonitor", "MergeOnFitEnd")
+CALLBACKS = ("LoRA", "AdapterCheckpoint", "ForgettingMonitor", "MergeOnFitEnd", "BaseKL", "ReplayMix")
 QUICK = [
     "--trainer.max_steps=4",
     "--trainer.accelerator=cpu",
@@ -180,6 +180,7 @@ def test_printed_config_round_trips(name: str, tmp_path: Path, capsys: pytest.Ca
         "AdapterCheckpoint": ["--trainer.callbacks.dirpath=adapters"],
         "ForgettingMonitor": ["--trainer.callbacks.tasks=[tasks/speech.yaml]"],
         "MergeOnFitEnd": ["--trainer.callbacks.dirpath=merged"],
+        "ReplayMix": ["--trainer.callbacks.data=my.general_rows"],
     }
     callback = [f"--trainer.callbacks+=lightning_lora.{name}", *needed.get(name, [])]
     first = printed_config(capsys, "fit", *callback, "--print_config")
