@@ -77,7 +77,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         "divergence",
         *("statistics", "sequential", "power", "transfer", "metrics"),
         *("arguments", "schedule", "bank", "sources", "catalogue", "tasks", "loading"),
-        *("encoding", "forward", "scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
+        *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
+        *("scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor"),
     ),
     "reporting": ("forgetting", "summary", "diagnostics"),
     "strategies": (

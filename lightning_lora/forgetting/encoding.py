@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, TaskError
 from lightning_lora.forgetting.sources import hub_problem
 
 #: Longest input when neither the model's configuration nor the tokenizer states one [tokens].
@@ -33,7 +35,7 @@ class Encoder:
         bos = getattr(tokenizer, "bos_token_id", None)
         self.prefix = self.eos if bos is None else bos
         self._prefix_text = "" if self.prefix is None else self.tokenizer.decode([self.prefix])
-        self._special = _takes_special(self.tokenizer.encode)
+        self._special = _takes(self.tokenizer.encode, "add_special_tokens")
         self._known: dict[tuple[str, bool | None], list[int]] = {}
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
@@ -52,6 +54,35 @@ class Encoder:
             ids = self.tokenizer.encode(text, **kwargs)
             self._known[key] = list(getattr(ids, "ids", ids))
         return self._known[key]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special ones left out where the tokenizer can tell them."""
+        kwargs = {"skip_special_tokens": True} if _takes(self.tokenizer.decode, "skip_special_tokens") else {}
+        return self.tokenizer.decode(list(tokens), **kwargs)
+
+    def chat(self, messages: list[dict[str, str]], start_answer: bool, template: str | None = None) -> str:
+        """A conversation as the tokenizer's chat template writes it.
+
+        Args:
+            messages: what was said, each with ``role`` and ``content``.
+            start_answer: whether the assistant's turn is begun after them; otherwise the last message stays open.
+            template: name of the template, where the tokenizer has several.
+        """
+        kwargs = {} if template is None else {"chat_template": template}
+        write = functools.partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=start_answer,
+            continue_final_message=not start_answer,
+            **kwargs,
+        )
+        try:
+            return write(messages)
+        except Exception as error:
+            if not any(message["role"] == "system" for message in messages):
+                raise TaskError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}") from error
+        # Some templates know no system role; lm-eval leaves it out then, and so does this.
+        return write([message for message in messages if message["role"] != "system"])
 
     def forget(self) -> None:
         """Drop what was kept from base's pass to model's."""
@@ -142,8 +173,8 @@ def longest_input(config: Any, tokenizer: Any) -> int:
     return int(stated) if stated is not None and stated < 10**9 else DEFAULT_MAX_LENGTH
 
 
-def _takes_special(encode: Any) -> bool:
+def _takes(function: Any, argument: str) -> bool:
     try:
-        return "add_special_tokens" in inspect.signature(encode).parameters
+        return argument in inspect.signature(function).parameters
     except (TypeError, ValueError):  # a compiled function without a signature
         return False

@@ -8,8 +8,10 @@ examples that a pass over the whole task gives it, whichever documents a look ta
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import json
 import logging
 import sys
 import traceback
@@ -34,6 +36,9 @@ TaskSpec = str | Path | Mapping[str, Any]
 #: The seed that `lm_eval.simple_evaluate` gives to few-shot sampling.
 FEWSHOT_SEED = 1234
 
+#: Tasks of lm-eval's own with several questions about one passage -> the field that holds it.
+PASSAGES = {"boolq": "passage", "race": "article"}
+
 _TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
 _SPLITS = {"test_docs": "test_split", "validation_docs": "validation_split"}  # lm-eval's method -> the task's key
 
@@ -50,17 +55,27 @@ class LoadedTask:
         task: lm-eval's object.
         n_docs: number of documents.
         shots: the few-shot examples of each document; None for a task without.
+        cluster_by: the field of a document that says what it is about (a passage), as the task's
+            ``metadata: {cluster_by: ...}`` names it; None where items are independent.
     """
 
     name: str
     task: Task
     n_docs: int
     shots: ReplayedShots | None = None
+    cluster_by: str | None = None
 
     def choose(self, ids: Sequence[int]) -> None:
         """Make ready for a pass over the documents ``ids`` (ascending)."""
         if self.shots is not None:
             self.shots.choose(ids)
+
+    def group(self, doc: Mapping[str, Any]) -> str | None:
+        """What a document has in common with others, as a short text; None where items are independent."""
+        if self.cluster_by is None:
+            return None
+        value = json.dumps(doc.get(self.cluster_by), sort_keys=True, default=str)
+        return hashlib.sha256(value.encode()).hexdigest()[:16]
 
     def gold(self, doc: Mapping[str, Any], target: Any) -> frozenset[int]:
         """Indices of the right choices of a document; empty when its label names none of them."""
@@ -257,7 +272,7 @@ def _prepare(name: str, task: Task, num_fewshot: int | None) -> LoadedTask:
     docs = list(task.eval_docs)
     if not docs:
         raise TaskError(f"Task {name!r} has no documents in the split that it is evaluated on.")
-    loaded = LoadedTask(name, task, len(docs))
+    loaded = LoadedTask(name, task, len(docs), cluster_by=_cluster_field(name, task, docs))
     shots = task.get_config("num_fewshot")
     if shots:
         loaded.shots = task.sampler = _replay_shots(name, task, docs, shots)
@@ -266,6 +281,17 @@ def _prepare(name: str, task: Task, num_fewshot: int | None) -> LoadedTask:
         _check_documents(loaded, docs)
     _hold(task, docs)
     return loaded
+
+
+def _cluster_field(name: str, task: Task, docs: list[dict[str, Any]]) -> str | None:
+    """The field by which a task's items belong together."""
+    field = (task.get_config("metadata") or {}).get("cluster_by") or PASSAGES.get(name)
+    if field is not None and field not in docs[0]:
+        raise TaskError(
+            f"Task {name!r} has `metadata: {{cluster_by: {field}}}`, but its items have the fields "
+            f"{', '.join(map(str, docs[0]))}."
+        )
+    return field
 
 
 def _replay_shots(name: str, task: Task, docs: list[dict[str, Any]], shots: int) -> ReplayedShots:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,52 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TaskError
-from lightning_lora.forgetting.scoring import Pair, Scorer, make_batches
-from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
+from lightning_lora.forgetting.scoring import Pair, Scorer
+from lightning_lora.forgetting.tasks import LoadedTask
 from tests.forgetting import tiny
-
-MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 
 
 def everything(tasks: dict[str, LoadedTask]) -> dict[str, list[int]]:
     return {name: list(range(task.n_docs)) for name, task in tasks.items()}
-
-
-def harness(model: nn.Module, tokenizer: Any, folder: Path, tasks: list[str], **kwargs: Any) -> dict[str, Any]:
-    """What lm-eval's own front door and its own wrapper of transformers models give."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    return simple_evaluate(
-        HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=8),
-        tasks=tasks,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,
-        **kwargs,
-    )
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
-@pytest.mark.parametrize("shots", [0, 2])
-def test_scores_are_simple_evaluates(
-    kind: str, bos: bool, shots: int, task_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = MODELS[kind](), tiny.tokenizer(bos)
-    tasks = load_tasks([str(task_folder / "alpha.yaml"), str(task_folder / "beta.yaml")], num_fewshot=shots or None)
-    scorer = Scorer(model, tokenizer)
-    with scorer.quietly():
-        scores = scorer.score(tasks, everything(tasks))
-    monkeypatch.chdir(task_folder)  # the harness reads relative data files from the working folder
-    theirs = harness(model, tokenizer, task_folder, ["alpha", "beta"], num_fewshot=shots or None)
-    for name in tasks:
-        samples = sorted(theirs["samples"][name], key=lambda s: s["doc_id"])
-        for own, sample in zip(scores[name], samples, strict=True):
-            assert own.loglikelihoods == pytest.approx([r[0] for r in sample["filtered_resps"]], abs=1e-4)
-            assert (own.key, own.correct) == ((sample["doc_hash"], sample["prompt_hash"]), sample["acc"])
-        accuracy = sum(s.correct for s in scores[name]) / len(scores[name])
-        assert accuracy == pytest.approx(theirs["results"][name]["acc,none"])
 
 
 def test_any_subset_gives_the_same_scores(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:
@@ -99,17 +59,6 @@ def test_one_token_choices_share_one_forward(tokenizer: Any) -> None:
         answers = scorer.loglikelihoods([Pair([7, 8, 9], [c]) for c in (10, 11, 12)] + [Pair([7], [8, 9, 10])])
     assert seen == [(1, 3)]
     assert answers[0][0] > answers[3][0]  # the same row, scored from its first token on
-
-
-@pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_batches_hold_the_budget_and_do_not_depend_on_order(budget: int) -> None:
-    rng = random.Random(0)
-    rows = [tuple(rng.randrange(300) for _ in range(rng.randint(1, 20))) for _ in range(50)]
-    batches = make_batches(rows, budget)
-    assert sorted(row for batch in batches for row in batch) == sorted(rows)
-    assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= budget for batch in batches)
-    rng.shuffle(rows)
-    assert make_batches(rows, budget) == batches
 
 
 def test_quietly_leaves_no_trace_on_an_exception_either(tokenizer: Any) -> None:
