@@ -118,7 +118,7 @@ class BaseCache:
             if said["sha256"] != hashlib.sha256(answers.encode()).hexdigest():
                 raise ValueError("its digest does not fit")
             return {key: (float(value), bool(greedy)) for key, (value, greedy) in json.loads(answers).items()}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _notice(
