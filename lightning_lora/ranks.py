@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -83,3 +85,45 @@ def together(what: str, kind: type[Exception]) -> Iterator[None]:
     if own is not None:
         setattr(own, _HEARD, True)
         raise own
+
+
+@contextmanager
+def in_step(what: str, kind: type[Exception]) -> Iterator[None]:
+    """A block in which ranks wait for one another, as in a sharded model's forward.
+
+    A rank that fails there cannot ask the others to hear it: they wait for its next piece. It leaves a note in the
+    store by which the processes found each other, and raises; its end breaks their wait, and they raise with the note.
+
+    Args:
+        what: What the block does, for the text of the error.
+        kind: The error on the ranks whose wait was broken.
+
+    Raises:
+        Exception: Of that kind, where another rank failed. A rank that failed itself raises its own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        rank, world = rank_and_world()
+        failed = {other: text for other in range(world) if other != rank and (text := _note(other)) is not None}
+        if failed and isinstance(error, RuntimeError):
+            other, text = next(iter(failed.items()))
+            error = kind(f"rank {other} failed to {what}, and so all stop: {text}").with_traceback(error.__traceback__)
+        elif world > 1:
+            _note(rank, f"{type(error).__name__}: {error}")
+        setattr(error, _HEARD, True)
+        raise error
+
+
+def _note(rank: int, text: str | None = None) -> str | None:
+    """What a rank left for the others, or leave it; None without one, or where the store is gone with its host."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if rank_and_world()[1] == 1 or not host or not port:
+        return None
+    with suppress(RuntimeError, ValueError):
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        key = f"lightning_lora/failed/{rank}"
+        if text is not None:
+            store.set(key, text)
+        return store.get(key).decode() if store.check([key]) else None
+    return None

@@ -34,8 +34,8 @@ from lightning_lora.forgetting.tasks import LoadedTask, without_bars
 from lightning_lora.forgetting.trees import Row, Tree, make_batches, plant
 from lightning_lora.model.apply import disable_adapters
 from lightning_lora.model.inner import hf_models
-from lightning_lora.model.sharding import is_fully_sharded
-from lightning_lora.ranks import from_rank_zero, gather, rank_and_world, together
+from lightning_lora.model.sharding import is_fully_sharded, needs_every_rank
+from lightning_lora.ranks import from_rank_zero, gather, in_step, rank_and_world, together
 from lightning_lora.rng import preserve_rng
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,9 @@ class Scorer:
             uses.setdefault(self._input(pair), {}).setdefault(tuple(pair.continuation), []).append(index)
         self._refuse_foreign_tokens(max(max(row) for row in uses))
         found: dict[int, Answer] = {}
-        with together("compute log-likelihoods", TaskError):
+        # Where a forward waits for all ranks, one that failed has nobody to tell before they have given up on it.
+        as_one = in_step if needs_every_rank(self.module) else together
+        with as_one("compute log-likelihoods", TaskError):
             if self._shares is None:
                 self._shares = self._can_share()
             answers = self._answers({row: list(asked) for row, asked in uses.items()})

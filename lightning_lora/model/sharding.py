@@ -151,6 +151,13 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(_is_unit(module) for module in model.modules())
 
 
+def needs_every_rank(model: nn.Module) -> bool:
+    """Whether a forward of ``model`` waits for the other processes: FSDP 1 or 2, tensor parallelism, ZeRO 3."""
+    wrapped = any(type(module).__module__.startswith("torch.distributed.fsdp") for module in model.modules())
+    zero = any(hasattr(p, "ds_id") for p in model.parameters())
+    return wrapped or zero or is_sharded_model(model) or is_fully_sharded(model)
+
+
 def plan_blocks(model: nn.Module, plan: str | Sequence[str]) -> list[str]:
     """The names of the modules that ``plan`` means.
 
