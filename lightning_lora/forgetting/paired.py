@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
-from lightning_lora.model.apply import disable_adapters
 
 #: Scores by task, in the order of the documents.
 Scores = Mapping[str, Sequence[ItemScore]]
@@ -46,7 +45,7 @@ class PairedScores:
         else:
             ask = {name: list(picked[name]) for name in model}
         if any(ask.values()):
-            with disable_adapters(scorer.module):
+            with scorer.base():
                 for name, found in scorer.score(self.tasks, ask).items():
                     known[name].update({score.doc_id: score for score in found})
         return model, {name: [known[name][score.doc_id] for score in found] for name, found in model.items()}

@@ -32,7 +32,7 @@ from lightning_lora.forgetting.identity import base_identity
 from lightning_lora.forgetting.language_model import Pair, as_lm, check_chat
 from lightning_lora.forgetting.tasks import LoadedTask, without_bars
 from lightning_lora.forgetting.trees import Row, Tree, make_batches, plant
-from lightning_lora.model.apply import disable_adapters
+from lightning_lora.model.apply import adapter_modules, disable_adapters
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.sharding import is_fully_sharded, needs_every_rank
 from lightning_lora.ranks import from_rank_zero, gather, in_step, rank_and_world, together
@@ -182,12 +182,12 @@ class Scorer:
         return {name: _item_scores(tasks[name], results["samples"][name]) for name in chosen}
 
     @contextlib.contextmanager
-    def base(self, fresh: bool = False) -> Iterator[None]:
+    def base(self) -> Iterator[None]:
         """Inside, the adapters are off, and answers may come from the file of earlier runs.
 
-        Args:
-            fresh: ask the base whatever the file holds, as the check of step 0 must.
+        While no adapter has been trained they never do: then base and model are compared to be one, bit for bit.
         """
+        fresh = all(adapter.untrained() for _, adapter in adapter_modules(self.module))
         self._in_base, self._recalls = True, not fresh
         try:
             with disable_adapters(self.module):
