@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The time budget: how many items a look may have, and when, so that looking stays a small share of the run.
+
+Looks are paid from what training has earned by then, so the share holds wherever the run ends:
+
+.. math:: spent \le \frac{\sigma}{1 - \sigma}\, trained \quad \iff \quad spent \le \sigma\,(trained + spent)
+
+with the share :math:`\sigma` and seconds of wall clock. Up to half of what was earned is kept back for the verdict.
+What a look will take is foretold from the looks before it, :math:`seconds = a + b \cdot passes`, one pass being one
+item scored by one model. Only time is measured: which items come, and what they say, has no part in the sizes.
+
+Rank 0's clock decides; the others are told.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+#: What is foretold may take this share of the seconds that there are: a look can take longer than the ones before it.
+CAUTION = 0.7
+
+#: A look of fewer items is not worth its fixed costs.
+FEWEST = 8
+
+#: In a run whose length is known there are at least so many occasions to look; in another, one whenever the number of
+#: steps has doubled.
+OCCASIONS = 8
+
+#: Optimizer steps after which the pace of training is known well enough.
+FIRST = 16
+
+
+class Budget:
+    """A ledger of seconds, and what it allows.
+
+    Args:
+        share: of the run's wall clock that may be spent, in (0, 1).
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.share = share
+        self.next_step: int | None = None
+        self.spent = 0.0
+        self._clock = clock
+        self._trained, self._steps = 0.0, 0
+        self._since, self._since_step = clock(), 0
+        self._observed: deque[tuple[int, float]] = deque(maxlen=6)
+
+    @property
+    def trained(self) -> float:
+        """Seconds of training so far, over all fits of the run [s]."""
+        return self._trained + self._clock() - self._since
+
+    @property
+    def balance(self) -> float:
+        """What training has earned less what was spent [s]."""
+        return self._earned - self.spent
+
+    @property
+    def _earned(self) -> float:
+        return self.share / (1.0 - self.share) * self.trained
+
+    def begin(self, step: int) -> None:
+        """Training begins, or goes on after a resume.
+
+        Args:
+            step: optimizer steps taken.
+        """
+        self._since, self._since_step = self._clock(), step
+
+    @contextmanager
+    def spending(self, step: int, passes: int = 0) -> Iterator[None]:
+        """Inside, time is spent; outside, it is earned.
+
+        Args:
+            step: optimizer steps taken.
+            passes: items to be scored, each once for every model that is asked; 0 where this says nothing of looks.
+        """
+        start = self._clock()
+        self._trained += start - self._since
+        self._steps += step - self._since_step
+        try:
+            yield
+        finally:
+            self.begin(step)
+            self.spent += self._since - start
+            if passes:
+                self._observed.append((passes, self._since - start))
+
+    def cost(self, passes: int) -> float:
+        """What so many passes are going to take, by the looks so far; infinite before the first [s].
+
+        A line through the newest looks. Where they show none, as the first one is slow for its size, time is taken to
+        grow with the passes.
+
+        Args:
+            passes: items to be scored, each once for every model that is asked.
+        """
+        if not self._observed:
+            return math.inf
+        n = len(self._observed)
+        mean_p = sum(p for p, _ in self._observed) / n
+        mean_s = sum(s for _, s in self._observed) / n
+        spread = sum((p - mean_p) ** 2 for p, _ in self._observed)
+        slope = sum((p - mean_p) * (s - mean_s) for p, s in self._observed) / spread if spread else 0.0
+        fixed = mean_s - slope * mean_p
+        if slope <= 0.0:
+            return mean_s * max(1.0, passes / min(p for p, _ in self._observed))
+        if fixed < 0.0:
+            return max(s / p for p, s in self._observed) * passes
+        return fixed + slope * passes
+
+    def largest(self, passes: Callable[[int], int], most: int, seconds: float, fewest: int = FEWEST) -> int:
+        """The largest number of items that so many seconds hold; 0 when they do not hold the fewest.
+
+        Args:
+            passes: passes that so many items need; it does not fall.
+            most: items that are wanted.
+            seconds: how long it may take [s].
+            fewest: items below which nothing is done.
+        """
+        low, high = min(fewest, most), most
+        if self.cost(passes(low)) > CAUTION * seconds:
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.cost(passes(middle)) <= CAUTION * seconds else (low, middle - 1)
+        return low
+
+    def for_look(self, reserve: float) -> float:
+        """Seconds that a look may take now [s].
+
+        Args:
+            reserve: what the end of the run is going to take; of what was earned up to half is kept for it [s].
+        """
+        return self.balance - min(reserve, self._earned / 2)
+
+    def plan(self, step: int, end: int | None, wanted: float, reserve: float) -> int:
+        """The optimizer step of the next occasion to look, where no schedule says it; it becomes `next_step`.
+
+        Args:
+            step: optimizer steps taken.
+            end: those after which the run ends; None when nobody knows.
+            wanted: what a look of full size is going to take [s].
+            reserve: what the end of the run is going to take [s].
+        """
+        taken = self._steps + step - self._since_step
+        part = None if end is None else max(1, end // OCCASIONS)
+        if not taken:
+            wait = min(FIRST, part or FIRST)
+        else:
+            earned = self.share / (1.0 - self.share) * self.trained / taken
+            earned *= 0.5 if reserve > self._earned / 2 else 1.0
+            missing = max(0.0, wanted / CAUTION - self.for_look(reserve))
+            wait = max(1, math.ceil(min(missing / earned, 1e9) if earned > 0.0 else FIRST))
+        self.next_step = step + min(wait, max(FIRST, taken) if part is None else part - step % part)
+        return self.next_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger, in primitives."""
+        return {
+            "spent": self.spent,
+            "trained": self.trained,
+            "steps": self._steps,
+            "since_step": self._since_step,
+            "next_step": self.next_step,
+            "observed": [list(seen) for seen in self._observed],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on with the ledger of `state_dict`; the time between the two is nobody's.
+
+        Args:
+            state: what `state_dict` gave.
+            step: optimizer steps taken by then.
+        """
+        self.spent, self._trained = state["spent"], state["trained"]
+        self._steps = state["steps"] + step - state["since_step"]
+        self.next_step = state["next_step"]
+        self._observed.clear()
+        self._observed.extend((int(p), float(s)) for p, s in state["observed"])
+        self.begin(step)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time budget on a clock that the test turns: runs of any length and pace stay within it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
+
+
+class Clock:
+    """Time passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Run:
+    """A run as the monitor makes it: a small first look, looks when they are planned, a verdict."""
+
+    def __init__(self, share: float, step: float, fixed: float, item: float, noise: float, bank: int = 2000) -> None:
+        self.clock = Clock()
+        self.budget = Budget(share, self.clock)
+        self.step, self.fixed, self.item, self.noise, self.bank = step, fixed, item, noise, bank
+        self.looks: list[tuple[int, int]] = []
+        self.verdict = 0
+        self.random = random.Random(0)
+
+    def spend(self, step: int, items: int) -> None:
+        with self.budget.spending(step, 2 * items):
+            self.clock.now += (self.fixed + self.item * 2 * items) * self.random.uniform(1.0, 1.0 + self.noise)
+
+    def go(self, steps: int, known: bool = True, end: int | None = None) -> float:
+        """The share of the run's time that was spent."""
+        budget, begun = self.budget, self.clock.now
+        budget.begin(0)
+        self.spend(0, 3)
+        budget.plan(0, steps if known else None, 0.0, 0.0)
+        for step in range(1, (end or steps) + 1):
+            self.clock.now += self.step
+            if step == budget.next_step:
+                reserve = budget.cost(2 * self.bank) / CAUTION
+                items = budget.largest(lambda n: 2 * n, 250, budget.for_look(reserve))
+                if items:
+                    self.spend(step, items)
+                    self.looks.append((step, items))
+                budget.plan(step, steps if known else None, budget.cost(500), reserve)
+        self.verdict = budget.largest(lambda n: 2 * n, self.bank, budget.balance)
+        if self.verdict:
+            self.spend(end or steps, self.verdict)
+        return budget.spent / (self.clock.now - begun)
+
+
+@pytest.mark.parametrize("steps", [200, 2000, 20_000])
+@pytest.mark.parametrize("known", [True, False])
+def test_share_holds_on_runs_ten_times_longer_and_shorter(steps: int, known: bool) -> None:
+    run = Run(0.05, step=0.05, fixed=0.02, item=0.002, noise=0.3)
+    assert 0.015 < run.go(steps, known) <= 0.05
+    assert len(run.looks) >= (4 if steps > 200 else 1)
+    assert all(FEWEST <= items <= 250 for _, items in run.looks)
+    if steps == 20_000:
+        assert run.verdict == 2000  # the whole bank
+        assert sum(items == 250 for _, items in run.looks) > 10
+    elif steps == 200:
+        assert FEWEST <= run.verdict < 2000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    share=st.sampled_from([0.01, 0.05, 0.3]),
+    steps=st.integers(50, 3000),
+    step=st.floats(0.02, 3.0),
+    item=st.floats(1e-4, 0.02),
+    fixed=st.floats(0.0, 0.1),
+    stop=st.floats(0.1, 1.0),
+)
+def test_share_holds_wherever_the_run_ends(
+    share: float, steps: int, step: float, item: float, fixed: float, stop: float
+) -> None:
+    """What the first look took is the only debt: it is made before anything was earned."""
+    run = Run(share, step, fixed, item, noise=0.3)
+    end = max(1, int(stop * steps))
+    found = run.go(steps, end=end)
+    debt = (fixed + item * 6) * 1.3
+    assert found <= max(share, debt / (debt + end * step)) + 1e-9
+
+
+def test_without_a_look_nothing_is_foretold() -> None:
+    budget = Budget(0.05, Clock())
+    assert budget.cost(1) == math.inf
+    assert budget.largest(lambda n: n, 250, 1e9) == 0
+
+
+def test_cost_is_a_line_through_the_newest_looks_or_grows_with_the_items() -> None:
+    clock = Clock()
+    budget = Budget(0.05, clock)
+
+    def spend(passes: int, seconds: float) -> None:
+        with budget.spending(0, passes):
+            clock.now += seconds
+
+    spend(10, 1.0)
+    assert budget.cost(5) == pytest.approx(1.0)
+    assert budget.cost(20) == pytest.approx(2.0)
+    spend(20, 0.5)  # the first look was slow for its size
+    assert budget.cost(100) >= 7.0
+    for passes in (50, 100, 150, 200, 250, 300):
+        spend(passes, 0.1 + 0.002 * passes)
+    assert budget.cost(500) == pytest.approx(1.1)
+
+
+def test_a_failed_look_is_paid_too() -> None:
+    clock = Clock()
+    budget = Budget(0.05, clock)
+    with pytest.raises(KeyError), budget.spending(0, 10):
+        clock.now += 2.0
+        raise KeyError
+    assert budget.spent == 2.0
+
+
+def test_the_ledger_is_in_the_state() -> None:
+    run = Run(0.05, step=0.05, fixed=0.02, item=0.002, noise=0.0)
+    run.go(400)
+    run.clock.now += 3.0
+    state = json.loads(json.dumps(run.budget.state_dict()))
+    clock = Clock()
+    other = Budget(0.05, clock)
+    clock.now += 1000.0  # between two fits
+    other.load_state_dict(state, 400)
+    assert other.trained == pytest.approx(run.budget.trained)
+    assert other.balance == pytest.approx(run.budget.balance)
+    assert other.next_step == run.budget.next_step
+    assert other.cost(77) == run.budget.cost(77)
+    assert other.plan(400, None, 1.0, 0.0) == run.budget.plan(400, None, 1.0, 0.0)
