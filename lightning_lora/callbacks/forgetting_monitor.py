@@ -22,15 +22,18 @@ from lightning_lora.forgetting.arguments import (
     check_choice,
     check_counts,
     check_levels,
+    check_share,
     task_label,
 )
+from lightning_lora.forgetting.budget import Budget
 from lightning_lora.forgetting.encoding import name_tokenizer
 from lightning_lora.forgetting.loading import load_on_ranks
 from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
-from lightning_lora.forgetting.remedies import outcome_text, roll_back, scale_down
+from lightning_lora.forgetting.remedies import SCALES_TRIED, outcome_text, roll_back, scale_down
 from lightning_lora.forgetting.report import Report, alarm_text
 from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.sizes import Sizes
 from lightning_lora.forgetting.snapshots import Snapshots
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import is_adapted
@@ -84,6 +87,10 @@ class ForgettingMonitor(Callback):
         every_n_epochs: Look at the end of every so many epochs; None for never.
         at_steps: Further optimizer steps at which to look, from 1.
         at_fractions: Further shares of the run at which to look, such as ``[0.1, 0.5]``; above 0, up to 1.
+        max_time_fraction: Share of the run's wall clock that looks and verdict may take, such as 0.05; None for no
+            limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training has paid for by
+            then, on the pace measured so far; a look that would have too few items is left out. Without another
+            schedule it also says when to look.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
         items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each.
@@ -115,6 +122,7 @@ class ForgettingMonitor(Callback):
         every_n_epochs: int | None = None,
         at_steps: Sequence[int] = (),
         at_fractions: Sequence[float] = (),
+        max_time_fraction: float | None = None,
         on_fit_start: bool = True,
         on_fit_end: bool = True,
         items_per_eval: int = 250,
@@ -130,6 +138,7 @@ class ForgettingMonitor(Callback):
         super().__init__()
         check_choice("on_forgetting", on_forgetting, _ACTIONS)
         check_levels(tolerance, alpha)
+        check_share("max_time_fraction", max_time_fraction)
         check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
         check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
         check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
@@ -138,6 +147,7 @@ class ForgettingMonitor(Callback):
         self.tokenizer = tokenizer
         self.forward = forward
         self.schedule = Schedule(every_n_steps, every_n_epochs, as_steps(at_steps), as_fractions(at_fractions))
+        self.max_time_fraction = max_time_fraction
         self.look_at_start = on_fit_start
         self.verdict_at_end = on_fit_end
         self.items_per_eval = items_per_eval
@@ -148,10 +158,10 @@ class ForgettingMonitor(Callback):
         self.alpha = alpha
         self.on_forgetting = on_forgetting
         self.seed = seed
-        if not (self.schedule or on_fit_start or on_fit_end):
+        if not (self.schedule or max_time_fraction or on_fit_start or on_fit_end):
             raise ConfigError(
                 "ForgettingMonitor would never look. Set `every_n_steps`, `every_n_epochs`, `at_steps`, "
-                "`at_fractions`, `on_fit_start` or `on_fit_end`."
+                "`at_fractions`, `max_time_fraction`, `on_fit_start` or `on_fit_end`."
             )
         #: Measure something else at each look; see `Observer`. To be filled before `fit`.
         self.observers: list[Observer] = []
@@ -167,6 +177,7 @@ class ForgettingMonitor(Callback):
         self._seen_step = 0
         self._unlogged: dict[str, float] = {}
         self._snapshots = Snapshots()
+        self._sizes: Sizes | None = None
         self._said: set[str] = set()
 
     @property
@@ -223,6 +234,9 @@ class ForgettingMonitor(Callback):
             self.observers,
             self.recorders,
         )
+        tries = {"rollback": self._snapshots.most, "scale": SCALES_TRIED}.get(self.on_forgetting, 0)
+        budget = None if self.max_time_fraction is None else Budget(self.max_time_fraction)
+        self._sizes = Sizes(self._monitor, budget, self.verdict_at_end, tries)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,9 +245,12 @@ class ForgettingMonitor(Callback):
         self._check_steps(trainer)
         if self.on_forgetting == "rollback" and not self._snapshots.steps:
             self._snapshots.take(pl_module, trainer.global_step)
+        sizes = self._sizes_or_fail()
         if self.look_at_start and not self._monitor_or_fail().history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
-            self._unlogged = self._look(trainer).metrics()
+            self._unlogged = self._look(trainer, sizes.first()).metrics()
+        if sizes.budget is not None and sizes.budget.next_step is None:
+            sizes.plan(trainer.global_step, self._length.steps)
 
     @override
     def on_train_batch_end(
@@ -241,28 +258,28 @@ class ForgettingMonitor(Callback):
     ) -> None:
         before, self._seen_step = self._seen_step, trainer.global_step
         metrics, self._unlogged = self._unlogged, {}
-        if self.schedule.is_due(before, trainer.global_step, self._length.steps):
-            metrics = self._look(trainer).metrics()
+        if self._is_due(before, trainer.global_step):
+            metrics = self._look_if_time(trainer) or metrics
         pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=True, on_epoch=False)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = self.schedule.is_due_after_epoch(trainer.current_epoch + 1)
         if due and self._monitor_or_fail().last_step != trainer.global_step:
-            metrics = self._look(trainer).metrics()
+            metrics = self._look_if_time(trainer)
             pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=False, on_epoch=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.outcome is not None and self._is_owed():
-            with together("act on forgetting", TaskError):
+            with self._sizes_or_fail().spending(trainer.global_step), together("act on forgetting", TaskError):
                 self._remedy(self.outcome)
             rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome)}")
         if self.verdict_at_end:
             before = self.outcome
-            self._look(trainer, verdict=True)
+            self._verdict(trainer)
             if self.outcome is not before and self.on_forgetting in ("rollback", "scale"):
-                self._look(trainer, verdict=True)  # of what is left
+                self._verdict(trainer)  # of what is left
         if self.outcome is not None and self.on_forgetting in ("rollback", "scale"):
             renew_checkpoints(trainer)
 
@@ -274,10 +291,12 @@ class ForgettingMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._monitor is None:
             return {}
+        budget = self._sizes_or_fail().budget
         return {
             "format": _FORMAT,
             "monitor": self._monitor.state_dict(),
             "snapshots": self._snapshots.state_dict(),
+            "budget": None if budget is None else budget.state_dict(),
             "outcome": None if self.outcome is None else dict(self.outcome),
             "said": sorted(self._said),
         }
@@ -291,6 +310,9 @@ class ForgettingMonitor(Callback):
         state, self._restored = self._restored, None
         self._snapshots, self.outcome, self._said = Snapshots(), None, set()
         self._seen_step = trainer.global_step
+        budget = self._sizes_or_fail().budget
+        if budget is not None:
+            budget.begin(trainer.global_step)
         if state is not None and state.get("format") != _FORMAT:
             self._say(trainer, "Forgetting: the checkpoint's looks are of another version of this package: left out.")
             return
@@ -301,6 +323,8 @@ class ForgettingMonitor(Callback):
             return
         monitor.load_state_dict(state["monitor"])
         self._snapshots.load_state_dict(state["snapshots"])
+        if budget is not None and state["budget"] is not None:
+            budget.load_state_dict(state["budget"], trainer.global_step)
         self.outcome, self._said = state["outcome"], set(state["said"])
         if self.outcome is None:
             return
@@ -331,20 +355,51 @@ class ForgettingMonitor(Callback):
                 stacklevel=2,
             )
 
-    def _look(self, trainer: Trainer, verdict: bool = False) -> Report:
-        monitor, scorer = self._monitor_or_fail(), self._scorer_or_fail()
+    def _is_due(self, before: int, now: int) -> bool:
+        budget = self._sizes_or_fail().budget
+        if budget is None or self.schedule:
+            return self.schedule.is_due(before, now, self._length.steps)
+        return budget.next_step is not None and before < budget.next_step <= now
+
+    def _look_if_time(self, trainer: Trainer) -> dict[str, float]:
+        """A look as large as the time budget allows, and what it logs; nothing where it allows none."""
+        step, end, sizes = trainer.global_step, self._length.steps, self._sizes_or_fail()
+        items = sizes.look(step, end)
+        metrics = {} if items == 0 else self._look(trainer, items).metrics()
+        if sizes.budget is not None and not self.schedule:
+            sizes.plan(step, end)
+        return metrics
+
+    def _look(self, trainer: Trainer, items: int | None) -> Report:
+        monitor, scorer, sizes = self._monitor_or_fail(), self._scorer_or_fail(), self._sizes_or_fail()
         step = trainer.global_step
-        with together("look at forgetting", TaskError):
-            if verdict:
-                report = monitor.verdict(scorer, step)
-            else:
-                after = self.schedule.looks_left(step, self._length)
-                report = monitor.look(scorer, step, None if after is None else after + 1)
+        after = self.schedule.looks_left(step, self._length) if self.schedule or sizes.budget is None else None
+        with sizes.spending(step, sizes.look_passes(items)), together("look at forgetting", TaskError):
+            report = monitor.look(scorer, step, None if after is None else after + 1, items)
+        return self._told(trainer, report)
+
+    def _verdict(self, trainer: Trainer) -> None:
+        monitor, scorer, sizes = self._monitor_or_fail(), self._scorer_or_fail(), self._sizes_or_fail()
+        items = sizes.verdict()
+        if items == 0:
+            self._say(
+                trainer,
+                f"Forgetting: the run was too short for a verdict within `max_time_fraction`={self.max_time_fraction}.",
+            )
+            return
+        passes = 0 if sizes.budget is None else sizes.verdict_passes(items)
+        with sizes.spending(trainer.global_step, passes), together("look at forgetting", TaskError):
+            report = monitor.verdict(scorer, trainer.global_step, items)
+        self._told(trainer, report)
+
+    def _told(self, trainer: Trainer, report: Report) -> Report:
+        """Log a report and do what it asks for; the report with what was done."""
         rank_zero_info(report.summary())
         for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=step)
-        self._act(trainer, report)
-        return monitor.history[-1]
+            logger.log_metrics(report.metrics(), step=report.step)
+        with self._sizes_or_fail().spending(report.step):
+            self._act(trainer, report)
+        return self._monitor_or_fail().history[-1]
 
     def _act(self, trainer: Trainer, report: Report) -> None:
         alarms = from_rank_zero(report.alarms)
@@ -379,7 +434,7 @@ class ForgettingMonitor(Callback):
     def _remedy(self, outcome: dict[str, Any]) -> None:
         """Leave less of the adapters, and write down what was done."""
         monitor, scorer = self._monitor_or_fail(), self._scorer_or_fail()
-        picked = monitor.bank.sample()
+        picked = monitor.bank.sample(self._sizes_or_fail().remedy())
         if self.on_forgetting == "rollback":
             outcome |= roll_back(scorer, monitor.pairs, picked, self._snapshots, self.tolerance)
         elif self.on_forgetting == "scale":
@@ -393,6 +448,11 @@ class ForgettingMonitor(Callback):
         if self._scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         return self._scorer
+
+    def _sizes_or_fail(self) -> Sizes:
+        if self._sizes is None:
+            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
+        return self._sizes
 
     def _monitor_or_fail(self) -> Monitor:
         if self._monitor is None:

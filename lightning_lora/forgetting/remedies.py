@@ -23,8 +23,8 @@ from lightning_lora.forgetting.snapshots import Snapshots
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import from_rank_zero
 
-#: Into how many parts the way from the base to the adapter is cut where a scale is chosen.
-PARTS = 32
+#: Into how many parts the way from the base to the adapter is cut where a scale is chosen, and how many are tried.
+PARTS, SCALES_TRIED = 32, 5
 
 
 def holds(found: TaskReport, tolerance: float) -> bool:
@@ -56,15 +56,16 @@ def roll_back(
         tolerance: a drop that is nobody's concern [share of items].
 
     Returns:
-        ``rolled_back_to``, the optimizer step of the snapshot, and ``holds``.
+        ``rolled_back_to``, the optimizer step of the snapshot, ``holds``, and ``items``, on how many it was seen.
     """
     model = scorer.module
+    items = sum(map(len, picked.values()))
     for step in reversed(snapshots.steps):
         snapshots.put_back(model, step)
         untrained = from_rank_zero(all(module.untrained() for _, module in adapter_modules(model)))
         if untrained or holds(drop_at(scorer, pairs, picked), tolerance):
-            return {"rolled_back_to": step, "holds": True}
-    return {"rolled_back_to": step, "holds": False}
+            return {"rolled_back_to": step, "holds": True, "items": items}
+    return {"rolled_back_to": step, "holds": False, "items": items}
 
 
 def scale_down(
@@ -81,12 +82,12 @@ def scale_down(
         tolerance: a drop that is nobody's concern [share of items].
 
     Returns:
-        ``scale``, by which the adapters were multiplied, and ``holds``.
+        ``scale``, by which the adapters were multiplied, ``holds``, and ``items``, on how many it was seen.
     """
     found = largest_that_holds(lambda lam: holds(drop_at(scorer, pairs, picked, lam), tolerance), PARTS)
     scale = found or 1 / PARTS
     multiply_scale(scorer.module, scale)
-    return {"scale": scale, "holds": found is not None}
+    return {"scale": scale, "holds": found is not None, "items": sum(map(len, picked.values()))}
 
 
 def outcome_text(outcome: Mapping[str, Any]) -> str:
@@ -95,15 +96,14 @@ def outcome_text(outcome: Mapping[str, Any]) -> str:
     Args:
         outcome: what `roll_back` or `scale_down` gave.
     """
+    over = f"over {outcome.get('items', 0):,} items of the bank"
     if "rolled_back_to" in outcome:
-        step = outcome["rolled_back_to"]
-        why = (
-            "the newest kept look that holds over the bank"
-            if outcome["holds"]
-            else "the oldest kept look, and not even it holds over the bank"
+        why = "the newest kept look that holds" if outcome["holds"] else "the oldest kept look, and not even it holds"
+        return (
+            f"The adapters are those of step {outcome['rolled_back_to']} again, {why} {over}; the optimizer's state is "
+            f"not taken back."
         )
-        return f"The adapters are those of step {step} again, {why}; the optimizer's state is not taken back."
     if "scale" in outcome:
         why = "the largest scale that holds" if outcome["holds"] else "and not even that holds"
-        return f"The adapters were multiplied by {outcome['scale']:g}, {why} over the bank."
+        return f"The adapters were multiplied by {outcome['scale']:g}, {why} {over}."
     return ""

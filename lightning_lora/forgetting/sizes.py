@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes: how many items the monitor's next look, its verdict or a remedy may take, and when the next look is due.
+
+Without a time budget every answer is None: as many as were asked for. With one, rank 0 answers and the others are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
+from lightning_lora.forgetting.monitor import Monitor
+from lightning_lora.ranks import from_rank_zero
+
+
+class Sizes:
+    """What a time budget makes of a monitor's looks.
+
+    Args:
+        monitor: whose looks.
+        budget: the ledger; None for no limit.
+        verdict: whether a verdict comes at the end, for which time is kept.
+        tries: how many candidates a remedy may ask the bank about, 0 without one.
+    """
+
+    def __init__(self, monitor: Monitor, budget: Budget | None, verdict: bool, tries: int) -> None:
+        self.monitor = monitor
+        self.budget = budget
+        # A remedy is followed by a second verdict where there was one.
+        self.at_end = (1 + bool(tries)) * verdict + tries
+
+    @contextmanager
+    def spending(self, step: int, passes: int = 0) -> Iterator[None]:
+        """Inside, the budget is spent.
+
+        Args:
+            step: optimizer steps taken.
+            passes: see `Budget.spending`.
+        """
+        if self.budget is None:
+            yield
+            return
+        with self.budget.spending(step, passes):
+            yield
+
+    def look_passes(self, items: int | None) -> int:
+        """Passes of a look: every item by the model and by its base.
+
+        Args:
+            items: how many items, of the tasks and of the target tasks each; None for a look of full size.
+        """
+        banks = [bank for bank in (self.monitor.bank, self.monitor.target_bank) if bank.size]
+        return sum(2 * max(len(b.sizes), min(b.items_per_look if items is None else items, b.size)) for b in banks)
+
+    def verdict_passes(self, items: int | None) -> int:
+        """Passes of a verdict: the base is not asked again about what is known of it.
+
+        Args:
+            items: how many items at most; None for the whole bank.
+        """
+        groups = ((self.monitor.bank, self.monitor.pairs), (self.monitor.target_bank, self.monitor.target_pairs))
+        found = [(bank.sample(items), pairs) for bank, pairs in groups if bank.size]
+        return sum(sum(map(len, picked.values())) + pairs.unseen(picked) for picked, pairs in found)
+
+    def first(self) -> int | None:
+        """Items of the look before the first step, when no time has been measured: one of each task."""
+        return None if self.budget is None else 1
+
+    def look(self, step: int, end: int | None) -> int | None:
+        """Items of a look now; 0 for none.
+
+        Args:
+            step: optimizer steps taken.
+            end: those after which the run ends; None when nobody knows.
+        """
+        if self.budget is None:
+            return None
+        if self.at_end and end is not None and step >= end:
+            return 0  # the verdict comes at once
+        seconds = self.budget.for_look(self._reserve())
+        most = self.monitor.bank.items_per_look
+        return from_rank_zero(self.budget.largest(self.look_passes, most, seconds))
+
+    def verdict(self) -> int | None:
+        """Items of the verdict; 0 for none. Where a remedy may follow, something is left for it."""
+        if self.budget is None:
+            return None
+        seconds = self.budget.balance / max(1, self.at_end)
+        size = max(self.monitor.bank.size, self.monitor.target_bank.size)
+        return from_rank_zero(self.budget.largest(self.verdict_passes, size, seconds))
+
+    def remedy(self) -> int | None:
+        """Items on which a remedy's candidates must hold.
+
+        Never fewer than those of a look, even where the budget has no time for them: to choose on fewer would be
+        a guess, and it is done once.
+        """
+        if self.budget is None:
+            return None
+        bank = self.monitor.bank
+        found = self.budget.largest(self.verdict_passes, bank.size, self.budget.balance / self.at_end, FEWEST)
+        return from_rank_zero(max(found, min(bank.size, bank.items_per_look)))
+
+    def plan(self, step: int, end: int | None) -> None:
+        """Say when the next look is due, where no schedule does.
+
+        Args:
+            step: optimizer steps taken.
+            end: those after which the run ends; None when nobody knows.
+        """
+        if self.budget is not None:
+            wanted = self.budget.cost(self.look_passes(None))
+            self.budget.next_step = from_rank_zero(self.budget.plan(step, end, wanted, self._reserve()))
+
+    def _reserve(self) -> float:
+        """Seconds that the end of the run is going to take."""
+        if self.budget is None or not self.at_end:
+            return 0.0
+        return self.at_end * self.budget.cost(self.verdict_passes(None)) / CAUTION

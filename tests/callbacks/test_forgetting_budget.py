@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time budget in real fits: the share of wall time, what fits into it, and a resume."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_lora.callbacks.lora import LoRA
+from lightning_lora.errors import ConfigError, Notice
+from tests.forgetting import tiny
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tasks")
+    tiny.write_task(folder, "many", tiny.items(600, seed=1))
+    return str(folder / "many.yaml")
+
+
+class Slow(tiny.Student):
+    """Takes a fixed time for a step, as a larger model does."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().training_step(batch, batch_idx)
+
+
+class Wall(L.Callback):
+    """Seconds from the first hook of training to the last."""
+
+    seconds = 0.0
+
+    def on_train_start(self, *args: Any) -> None:
+        self.seconds = -time.perf_counter()
+
+    def on_fit_end(self, *args: Any) -> None:
+        self.seconds += time.perf_counter()
+
+
+def fit(monitor: ForgettingMonitor, *callbacks: L.Callback, ckpt: str | None = None, **kwargs: Any) -> float:
+    wall = Wall()
+    values: dict[str, Any] = {
+        "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }  # fmt: skip
+    L.Trainer(callbacks=[LoRA(r=4), wall, monitor, *callbacks], **{**values, **kwargs}).fit(
+        Slow(), tiny.loader(), ckpt_path=ckpt
+    )
+    return wall.seconds
+
+
+@pytest.mark.parametrize("steps", [20, 200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_share_of_wall_time_stays_within_the_budget(task: str, steps: int) -> None:
+    """One budget, and runs of which each is ten times as long as the one before."""
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.2)
+    seconds = fit(monitor, max_steps=steps)
+    spent = sum(report.seconds for report in monitor.history)
+    assert spent / seconds <= 0.2
+    looks = [r for r in monitor.history if r.kind == "look"]
+    assert looks[0].step == 0
+    assert looks[0].pooled.n_items == 1
+    verdict = monitor.report
+    assert verdict is not None
+    if steps >= 200:
+        assert verdict.kind == "verdict"
+        assert len(looks) >= 3
+        assert verdict.pooled.n_items + verdict.left_out == 600
+        assert all(1 <= r.pooled.n_items <= 250 for r in looks)
+    if steps == 2000:
+        assert verdict.left_out == 0
+        assert spent / seconds > 0.05
+
+
+def test_a_run_without_time_for_a_verdict_says_so(task: str) -> None:
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.001)
+    with pytest.warns(Notice, match="too short for a verdict within `max_time_fraction`=0.001"):
+        fit(monitor, max_steps=3)
+    assert [(r.kind, r.step) for r in monitor.history] == [("look", 0)]
+
+
+def test_a_schedule_says_when_and_the_budget_how_many(task: str) -> None:
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), every_n_steps=40, items_per_eval=100, max_time_fraction=0.3)
+    fit(monitor, max_steps=121)
+    steps = [r.step for r in monitor.history if r.kind == "look"]
+    assert set(steps) <= {0, 40, 80, 120}
+    assert len(steps) >= 3
+    assert all(r.pooled.n_items <= 100 for r in monitor.history if r.kind == "look")
+
+
+class Crash(L.Callback):
+    """Saves a checkpoint after a step and dies."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise KeyError("crash")
+
+
+def test_a_resume_replays_no_item_and_keeps_the_ledger(task: str, tmp_path: Path) -> None:
+    asked: list[list[tuple[str, str]]] = []
+
+    def make() -> ForgettingMonitor:
+        monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.1, items_per_eval=20, on_fit_end=False)
+        monitor.recorders.append(lambda report, model, base: asked.append([s.key for s in model["many"]]))
+        return monitor
+
+    first, second = make(), make()
+    with pytest.raises(KeyError):
+        fit(first, Crash(50, tmp_path / "cut.ckpt"), max_steps=100)
+    before = len(asked)
+    fit(second, max_steps=100, ckpt=str(tmp_path / "cut.ckpt"))
+    assert 1 < before < len(asked)
+    keys = [key for look in asked for key in look]
+    assert len(set(keys)) == len(keys)
+    assert second.history[:before] == first.history
+    state = torch.load(tmp_path / "cut.ckpt", weights_only=True)["callbacks"][first.state_key]
+    assert 0.0 < state["budget"]["spent"] < 0.1 * (state["budget"]["spent"] + state["budget"]["trained"])
+    assert second.state_dict()["budget"]["spent"] > state["budget"]["spent"]
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, "0.1", True])
+def test_a_share_out_of_range_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="`max_time_fraction` is a share of the run's time in \\(0, 1\\).*got"):
+        ForgettingMonitor("arc_easy", max_time_fraction=value)
