@@ -93,7 +93,7 @@ class Budget:
             if passes:
                 self._observed.append((passes, self._since - start))
 
-    def cost(self, passes: int) -> float:
+    def cost(self, passes: int, early: bool = False) -> float:
         """What so many passes are going to take, by the looks so far; infinite before the first [s].
 
         A line through the newest looks. Where they show none, as the first one is slow for its size, time is taken to
@@ -101,10 +101,15 @@ class Budget:
 
         Args:
             passes: items to be scored, each once for every model that is asked.
+            early: whether the first look alone may be taken to have been fixed costs for three quarters. It is small,
+                so it mostly is; what this gets wrong is paid back before the look after.
         """
         if not self._observed:
             return math.inf
         n = len(self._observed)
+        if early and n == 1:
+            ((first, seconds),) = self._observed
+            return seconds * (0.75 + 0.25 * max(1.0, passes / first))
         mean_p = sum(p for p, _ in self._observed) / n
         mean_s = sum(s for _, s in self._observed) / n
         spread = sum((p - mean_p) ** 2 for p, _ in self._observed)
@@ -116,21 +121,25 @@ class Budget:
             return max(s / p for p, s in self._observed) * passes
         return fixed + slope * passes
 
-    def largest(self, passes: Callable[[int], int], most: int, seconds: float, fewest: int = FEWEST) -> int:
-        """The largest number of items that so many seconds hold; 0 when they do not hold the fewest.
+    def largest(self, passes: Callable[[int], int], most: int, seconds: float, early: bool = False) -> int:
+        """The largest number of items that so many seconds hold; 0 when they do not hold `FEWEST`.
 
         Args:
             passes: passes that so many items need; it does not fall.
             most: items that are wanted.
             seconds: how long it may take [s].
-            fewest: items below which nothing is done.
+            early: as `cost` takes it.
         """
-        low, high = min(fewest, most), most
-        if self.cost(passes(low)) > CAUTION * seconds:
+
+        def fits(items: int) -> bool:
+            return self.cost(passes(items), early) <= CAUTION * seconds
+
+        low, high = min(FEWEST, most), most
+        if not fits(low):
             return 0
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.cost(passes(middle)) <= CAUTION * seconds else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
     def for_look(self, reserve: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
+from lightning_lora.forgetting.budget import CAUTION, Budget
 from lightning_lora.forgetting.monitor import Monitor
 from lightning_lora.ranks import from_rank_zero
 
@@ -80,7 +80,7 @@ class Sizes:
             return 0  # the verdict comes at once
         seconds = self.budget.for_look(self._reserve())
         most = self.monitor.bank.items_per_look
-        return from_rank_zero(self.budget.largest(self.look_passes, most, seconds))
+        return from_rank_zero(self.budget.largest(self.look_passes, most, seconds, early=True))
 
     def verdict(self) -> int | None:
         """Items of the verdict; 0 for none. Where a remedy may follow, something is left for it."""
@@ -99,7 +99,7 @@ class Sizes:
         if self.budget is None:
             return None
         bank = self.monitor.bank
-        found = self.budget.largest(self.verdict_passes, bank.size, self.budget.balance / self.at_end, FEWEST)
+        found = self.budget.largest(self.verdict_passes, bank.size, self.budget.balance / self.at_end)
         return from_rank_zero(max(found, min(bank.size, bank.items_per_look)))
 
     def plan(self, step: int, end: int | None) -> None:

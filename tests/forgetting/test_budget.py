@@ -49,7 +49,7 @@ class Run:
             self.clock.now += self.step
             if step == budget.next_step:
                 reserve = budget.cost(2 * self.bank) / CAUTION
-                items = budget.largest(lambda n: 2 * n, 250, budget.for_look(reserve))
+                items = budget.largest(lambda n: 2 * n, 250, budget.for_look(reserve), early=True)
                 if items:
                     self.spend(step, items)
                     self.looks.append((step, items))
