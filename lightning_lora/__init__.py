@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
     from lightning_lora.callbacks.replay_mix import ReplayMix
+    from lightning_lora.causal_lm.datamodule import InstructionDataModule
+    from lightning_lora.causal_lm.module import CausalLMModule
     from lightning_lora.config import LoRAConfig
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
@@ -66,7 +68,9 @@ _HOME = {
     "AdapterSummary": "callbacks.adapter_summary",
     "ApplyReport": "model.apply",
     "BaseKL": "callbacks.base_kl",
+    "CausalLMModule": "causal_lm.module",
     "ForgettingMonitor": "callbacks.forgetting_monitor",
+    "InstructionDataModule": "causal_lm.datamodule",
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
@@ -105,7 +109,9 @@ __all__ = [
     "AdapterSummary",
     "ApplyReport",
     "BaseKL",
+    "CausalLMModule",
     "ForgettingMonitor",
+    "InstructionDataModule",
     "LoRA",
     "LoRAConfig",
     "MergeOnFitEnd",

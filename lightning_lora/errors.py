@@ -62,3 +62,7 @@ class MergeError(RuntimeError):
 
 class TaskError(ValueError):
     """An evaluation task cannot be loaded or used."""
+
+
+class DataError(ValueError):
+    """Training data cannot be read or used; the message says which file and line."""

@@ -90,6 +90,9 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("ending", "forgetting_monitor", "merge_on_fit_end"),
         *("adapter_summary", "adapter_diagnostics"),
     ),
+    "causal_lm": (
+        *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),
+    ),
     "cli": ("inspect", "merge", "main"),
 }
 
@@ -105,7 +108,9 @@ class Rule:
 
 
 LIBRARIES: dict[str, Rule] = {
-    "lightning": Rule(("strategies", "callbacks", "cli"), ANYWHERE),
+    "lightning": Rule(("strategies", "callbacks", "causal_lm", "cli"), ANYWHERE),
+    "datasets": Rule(("causal_lm.formats",), IN_FUNCTIONS),
+    "liger_kernel": Rule(("causal_lm.module",), IN_FUNCTIONS),
     "pytorch_lightning": Rule((), ANYWHERE),
     "lightning_fabric": Rule((), ANYWHERE),
     "bitsandbytes": Rule(("nn.quantized",), IN_FUNCTIONS),

@@ -177,6 +177,7 @@ class AdapterStateMixin(Strategy):
         self._run_state = self._ended_at = None
         progress = checkpoint["loops"]["fit_loop"]
         self._resumed = (settle(progress), {**entry, "progress": progress})
+        _give_places(self._trainer, progress)
         self._restore_random_state(entry)
 
     def setup(self, trainer: Trainer) -> None:
@@ -346,6 +347,17 @@ class AdapterStateMixin(Strategy):
         """The run's random state on each process."""
         aside = self._ended_at is not None or (self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING)
         return gather(self._run_state if aside and self._run_state is not None else RNGState.capture().to_dict())
+
+
+def _give_places(trainer: Trainer, progress: Mapping[str, Any]) -> None:
+    """Tell loaders where they go on that were made before the checkpoint was read.
+
+    `Trainer.estimated_stepping_batches` makes them, in `configure_optimizers`; Lightning gives places only to later ones.
+    """
+    made = torch.utils._pytree.tree_leaves(trainer.train_dataloader)
+    places = progress["state_dict"].get("combined_loader") or []
+    for loader, place in zip([x for x in made if hasattr(x, "load_state_dict")], places, strict=False):
+        loader.load_state_dict(place)
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:
