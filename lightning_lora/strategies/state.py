@@ -177,7 +177,7 @@ class AdapterStateMixin(Strategy):
         self._run_state = self._ended_at = None
         progress = checkpoint["loops"]["fit_loop"]
         self._resumed = (settle(progress), {**entry, "progress": progress})
-        _give_places(self._trainer, progress)
+        _give_places(self._trainer.fit_loop, progress)
         self._restore_random_state(entry)
 
     def setup(self, trainer: Trainer) -> None:
@@ -349,15 +349,18 @@ class AdapterStateMixin(Strategy):
         return gather(self._run_state if aside and self._run_state is not None else RNGState.capture().to_dict())
 
 
-def _give_places(trainer: Trainer, progress: Mapping[str, Any]) -> None:
-    """Tell loaders where they go on that were made before the checkpoint was read.
+def _give_places(fit_loop: _FitLoop, progress: Mapping[str, Any]) -> None:
+    """Let loaders go on that were made, and begun, before the checkpoint was read.
 
-    `Trainer.estimated_stepping_batches` makes them, in `configure_optimizers`; Lightning gives places only to later ones.
+    `Trainer.estimated_stepping_batches` does that in `configure_optimizers`; Lightning gives places to later ones only.
     """
-    made = torch.utils._pytree.tree_leaves(trainer.train_dataloader)
+    made = torch.utils._pytree.tree_leaves(fit_loop.trainer.train_dataloader)
     places = progress["state_dict"].get("combined_loader") or []
-    for loader, place in zip([x for x in made if hasattr(x, "load_state_dict")], places, strict=False):
+    pairs = list(zip([x for x in made if hasattr(x, "load_state_dict")], places, strict=False))
+    for loader, place in pairs:
         loader.load_state_dict(place)
+    if pairs and fit_loop._data_fetcher is not None:
+        iter(fit_loop._data_fetcher)
 
 
 def _begin_epoch(fit_loop: _FitLoop) -> None:

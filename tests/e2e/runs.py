@@ -97,6 +97,9 @@ class Module(LM):
 
             few = {"min_8bit_size": 16} if "8bit" in self.optimizer else {}
             optimizer = getattr(optim, self.optimizer)(self.parameters(), lr=self.lr, **few)
+        if self.schedule == "length":  # asked for here, it makes the loader before the checkpoint is read
+            assert self.trainer.estimated_stepping_batches > 0
+            self.schedule = True  # a run that is cut by `max_steps` has another length
         if not self.schedule:
             return optimizer
         if isinstance(self.schedule, str):  # reads as "step val_loss"

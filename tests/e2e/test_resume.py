@@ -33,6 +33,10 @@ EXACT: dict[str, dict[str, Any]] = {
     "workers": {"workers": 2},
     # what else has a state
     "accumulation_and_schedule": {"schedule": True, "size": 160, "trainer": {"accumulate_grad_batches": 2}},
+    "schedule_of_the_length": {"schedule": "length", "size": 160},
+    "schedule_of_the_length_plain": {"schedule": "length", "loader": "plain", "drawing": True},
+    "schedule_of_the_length_between": {"schedule": "length", "loader": "plain", "size": 32, "cut": 16},
+    "schedule_of_the_length_workers": {"schedule": "length", "loader": "plain", "size": 48, "workers": 2},
     "inside_an_accumulation": {"size": 240, "save": "batches", "trainer": {"accumulate_grad_batches": 3}},
     "plateau_of_epochs": {"schedule": "epoch val_loss", "size": 32, "cut": 16, "save": "monitor", "validation": True},
     "plateau_at_epoch_end": {"schedule": "epoch val_loss", "size": 32, "cut": 16, "save": "epoch_end",
