@@ -60,12 +60,12 @@ def lora() -> LoRA:
     return LoRA(r=16, lora_alpha=32)
 
 
-def monitor(tasks: Path, **kwargs: Any) -> ForgettingMonitor:
-    """A monitor of the even half."""
+def monitor(tasks: Path, on_forgetting: str) -> ForgettingMonitor:
+    """A monitor of the even half; its alarm ends the run."""
     return ForgettingMonitor(
         [str(tasks / "looks" / f"{name}.yaml") for name in TASK_NAMES],
         tokenizer=str(MODEL_DIR), at_steps=LOOKS, items_per_eval=ITEMS, tolerance=TOLERANCE, on_fit_start=False,
-        on_fit_end=False, **kwargs,
+        on_fit_end=False, on_forgetting=on_forgetting,
     )  # fmt: skip
 
 
@@ -77,6 +77,8 @@ METHODS = {
     "base_kl": Method("BaseKL(1.0)", LR, lambda tasks: [lora(), BaseKL(1.0)]),
     "base_kl-rest": Method("BaseKL(1.0, non_target_only)", LR, lambda tasks: [lora(), BaseKL(1.0, True)]),
     "replay": Method("ReplayMix(0.25)", LR, lambda tasks: [lora(), ReplayMix(speeches(), share=0.25)]),
+    "rollback": Method('on_forgetting="rollback"', LR, lambda tasks: [lora(), monitor(tasks, "rollback")]),
+    "scale": Method('on_forgetting="scale"', LR, lambda tasks: [lora(), monitor(tasks, "scale")]),
 }
 
 
@@ -138,13 +140,14 @@ def make_run(method: Method, seed: int, steps: int, tasks: Path) -> dict[str, An
     run = trainer(steps, callbacks)
     run.fit(module, ShakespeareData())
     trained = time.process_time() - begun
-    looks = next((c.history for c in callbacks if isinstance(c, ForgettingMonitor)), [])
+    watch = next((c for c in callbacks if isinstance(c, ForgettingMonitor)), None)
     return {
         "loss": target_loss(run, module),
         "held": score_held(module, tasks),
         "steps": run.global_step,
         "train_seconds": trained,
-        "looks": [look.to_dict() for look in looks],
+        "outcome": watch and watch.outcome,
+        "looks": [look.to_dict() for look in watch.history] if watch else [],
     }
 
 
@@ -160,7 +163,7 @@ def main() -> int:
     for key, method in METHODS.items():
         for seed in args.seeds:
             wanted[f"{key}-{seed}"] = lambda method=method, seed=seed: make_run(method, seed, args.steps, tasks)
-    chosen = [args.only] if args.only else [] if args.report else list(wanted)
+    chosen = args.only or ([] if args.report else list(wanted))
     for name in chosen:
         if (runs / f"{name}.json").exists():
             continue
@@ -184,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/forgetting"), help="folder for everything it writes")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", help="make this run and nothing else, such as lora-0")
+    parser.add_argument("--only", nargs="+", help="make these runs and nothing else, such as lora-0")
     parser.add_argument("--report", action="store_true", help="make no run: table, plot and checks of those there")
     return parser.parse_args()
 

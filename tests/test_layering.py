@@ -78,7 +78,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("statistics", "sequential", "power", "transfer", "metrics"),
         *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
-        *("scoring", "report", "paired", "scales", "snapshots", "remedies", "monitor", "sizes"),
+        *("scoring", "degeneration", "gauges"),
+        *("report", "paired", "scales", "snapshots", "remedies", "monitor", "sizes"),
     ),
     "reporting": ("forgetting", "summary", "diagnostics"),
     "strategies": (

@@ -27,6 +27,7 @@ from lightning_lora.forgetting.arguments import (
 )
 from lightning_lora.forgetting.budget import Budget
 from lightning_lora.forgetting.encoding import name_tokenizer
+from lightning_lora.forgetting.gauges import Gauges, texts_in, texts_of
 from lightning_lora.forgetting.loading import load_on_ranks
 from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
 from lightning_lora.forgetting.remedies import SCALES_TRIED, outcome_text, roll_back, scale_down
@@ -106,6 +107,11 @@ class ForgettingMonitor(Callback):
             to hold is to lie below the base by no more than the tolerance over the whole bank. An alarm of the
             verdict does the same, and a second verdict follows. ``outcome`` says what was done.
         seed: Shuffles the bank of items.
+        gauges: Measure at each look what moves whether or not anything is forgotten, each beside the base's: KL to
+            the base on the newest training batch and on general text, bits per byte, what the model writes by itself
+            (see `Gauges`). Nothing is decided by them.
+        general_text: File or files of general text for the gauges, a text a line; None for questions of the tasks
+            with their right answers.
 
     Raises:
         ConfigError: For a value out of range or of another type, and when no look would ever be made.
@@ -134,6 +140,8 @@ class ForgettingMonitor(Callback):
         on_forgetting: Literal["warn", "stop", "rollback", "scale"] = "warn",
         seed: int = 0,
         target_tasks: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+        gauges: bool = True,
+        general_text: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         check_choice("on_forgetting", on_forgetting, _ACTIONS)
@@ -163,6 +171,9 @@ class ForgettingMonitor(Callback):
                 "ForgettingMonitor would never look. Set `every_n_steps`, `every_n_epochs`, `at_steps`, "
                 "`at_fractions`, `max_time_fraction`, `on_fit_start` or `on_fit_end`."
             )
+        self.gauges = gauges
+        self.general_text = general_text
+        self._gauges: Gauges | None = None
         #: Measure something else at each look; see `Observer`. To be filled before `fit`.
         self.observers: list[Observer] = []
         #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
@@ -224,6 +235,9 @@ class ForgettingMonitor(Callback):
         if self._restored is None:
             self._restored = self.state_dict() or None
         tasks, targets = self._loaded
+        self._gauges = None
+        if self.gauges:
+            self._gauges = Gauges(texts_of(tasks) if self.general_text is None else texts_in(self.general_text))
         self._monitor = Monitor(
             tasks,
             self.items_per_eval,
@@ -231,7 +245,7 @@ class ForgettingMonitor(Callback):
             self.tolerance,
             self.alpha,
             targets,
-            self.observers,
+            [*self.observers, *([self._gauges] if self._gauges else [])],
             self.recorders,
         )
         tries = {"rollback": self._snapshots.most, "scale": SCALES_TRIED}.get(self.on_forgetting, 0)
@@ -257,6 +271,8 @@ class ForgettingMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         before, self._seen_step = self._seen_step, trainer.global_step
+        if self._gauges is not None:
+            self._gauges.batch = batch
         metrics, self._unlogged = self._unlogged, {}
         if self._is_due(before, trainer.global_step):
             metrics = self._look_if_time(trainer) or metrics
@@ -285,7 +301,7 @@ class ForgettingMonitor(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._scorer = None  # it holds the model
+        self._scorer = self._gauges = None  # they hold the model and a batch
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting import statistics
 from lightning_lora.forgetting.arguments import check_levels
 from lightning_lora.forgetting.bank import ItemBank
+from lightning_lora.forgetting.gauges import on_items
 from lightning_lora.forgetting.paired import PairedScores, Scores
 from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled
 from lightning_lora.forgetting.scoring import Scorer
@@ -195,6 +196,7 @@ class Monitor:
             model, base = self.pairs.score(scorer, picked)
             learned = self.target_pairs.score(scorer, targets) if targets else ({}, {})
             gauges = {key: float(x) for o in self.observers for key, x in o.measure(scorer, step).items()}
+            gauges |= on_items(model, base)
         if not model:
             raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
         if not self.history:
