@@ -32,7 +32,7 @@ from lightning_lora.nn.functional import lora_linear
 
 BLOCK = 64
 NESTED_BLOCK = 256
-PIECE = 2**20  # weights packed at a time on a CPU: whole blocks
+PIECE = 2**16  # weights packed at a time on a CPU: whole blocks; scratch that leaves no large holes in the heap
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels read and write
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
@@ -238,15 +238,30 @@ def _load_bitsandbytes() -> ModuleType | None:
 
 def _pack(weight: Tensor, quant_type: str) -> dict[str, Tensor]:
     if quant_type == "int8":
-        absmax = weight.float().abs().amax(dim=1)
-        scale = (127 / absmax.clamp(min=1e-36)).unsqueeze(1)  # finite for a row of zeros
-        return {"codes": (weight.float() * scale).round_().to(torch.int8), "absmax": absmax}
+        return _quantize_rows(weight)
     codes, absmax = _quantize_4bit(weight, quant_type[:3])
     if quant_type != "nf4-dq":
         return {"codes": codes, "absmax": absmax}
     offset = absmax.mean()
     packed, nested = _quantize_blockwise(absmax - offset)
     return {"codes": codes, "absmax": packed, "nested_absmax": nested, "nested_offset": offset}
+
+
+def _quantize_rows(weight: Tensor) -> dict[str, Tensor]:
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if not weight.is_meta:
+        rows = max(_piece(weight) // max(weight.shape[1], 1), 1)
+        for start in range(0, weight.shape[0], rows):
+            part = weight[start : start + rows].float()
+            absmax[start : start + rows] = largest = part.abs().amax(dim=1)
+            scale = (127 / largest.clamp(min=1e-36)).unsqueeze(1)  # finite for a row of zeros
+            codes[start : start + rows] = (part * scale).round_()
+    return {"codes": codes, "absmax": absmax}
+
+
+def _piece(weight: Tensor) -> int:
+    return PIECE if weight.device.type == "cpu" else 64 * PIECE
 
 
 def _quantize_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -256,10 +271,18 @@ def _quantize_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
             weight.contiguous(), blocksize=BLOCK, quant_type=kind, compress_statistics=False
         )
         return codes.view(-1), state.absmax.float()
-    # bitsandbytes has no CPU kernel for this; the same codes piece by piece need no scratch of the weight's size
-    size = weight.numel() if weight.is_meta else PIECE
-    pieces = [quantize_4bit_reference(piece, kind) for piece in weight.reshape(-1).split(size)]
-    return torch.cat([codes for codes, _ in pieces]), torch.cat([absmax for _, absmax in pieces])
+    # bitsandbytes has no CPU kernel for this; the same codes piece by piece need no scratch of the weight's size. What
+    # stays is allocated before what goes: else the heap of a whole model is left with holes of twice its size.
+    flat = weight.reshape(-1)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
+    if not weight.is_meta:
+        size = _piece(weight)
+        for start in range(0, flat.numel(), size):
+            piece = quantize_4bit_reference(flat[start : start + size], kind)
+            for whole, part, per in zip((codes, absmax), piece, (2, BLOCK), strict=True):
+                whole[start // per : start // per + part.numel()] = part
+    return codes, absmax
 
 
 def quantize_4bit_reference(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -270,7 +293,7 @@ def quantize_4bit_reference(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     scaled, absmax = _scaled_blocks(weight, BLOCK)
     if scaled.numel() % 2:
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
-    codes = order[torch.bucketize(scaled, bounds, out_int32=True)].to(torch.uint8)
+    codes = order.to(torch.uint8)[torch.bucketize(scaled, bounds, out_int32=True)]
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
