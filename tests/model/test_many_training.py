@@ -196,6 +196,32 @@ def test_swaps_compile_nothing_anew(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_llama_in_training_compiles_nothing_anew_for_a_swap_or_a_strength(tmp_path: Path) -> None:
+    """Forward and backward, one graph; the gradients are those of eager code under each adapter and strength."""
+
+    def build() -> nn.Module:
+        return tiny_llama(num_hidden_layers=1)
+
+    for seed, name in enumerate("ab"):
+        adapter_folder(tmp_path / name, build, seed, r=4, lora_alpha=8 + seed)
+    model = build().train()
+    for name in "ab":
+        load_adapter(model, tmp_path / name, name=name)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert factors
+    ids = torch.arange(24).view(2, 12)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for name, strength in (("a", 1.0), ("b", 1.0), ("a", 0.5), ("b", 2.0)):
+        set_adapter(model, name)
+        set_adapter_scale(model, strength)
+        got, want = (torch.autograd.grad(run(input_ids=ids, labels=ids).loss, factors) for run in (compiled, model))
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+        assert counters["stats"]["unique_graphs"] == 1, (name, strength)
+
+
 def test_a_vacant_layer_compiles_to_its_base(tmp_path: Path) -> None:
     def net() -> nn.Module:
         torch.manual_seed(0)

@@ -52,14 +52,16 @@ def load(folder: Path, kind: str) -> nn.Module:
 def test_a_model_loaded_in_few_bits_is_adopted_without_a_copy(folder: Path, kind: str) -> None:
     model, ids = load(folder, kind).train(), torch.randint(64, (2, 10))
     before = model(ids).logits  # in training mode bitsandbytes repacks nothing
-    linear = model.model.layers[0].self_attn.q_proj
-    address = linear.weight.data.data_ptr()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+    addresses = {name: linear.weight.data.data_ptr() for name, linear in linears.items()}
+    assert len(addresses) == 14
     report = apply_lora(model, LoRAConfig(r=4))
     assert report.logical_params == 90_432
     base = model.model.layers[0].self_attn.q_proj.base_layer
     assert isinstance(base, PackedLinear)
     assert base.packed.quant_type == kind
-    assert base.packed.codes.data_ptr() == address
+    packed = {n: model.get_submodule(n).base_layer.packed.codes.data_ptr() for n in addresses}
+    assert packed == addresses
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-6)
     assert not any(isinstance(m, Linear4bit | Linear8bitLt) for m in model.modules())
 
