@@ -5,8 +5,8 @@ With x (N, in), the frozen W (out, in), A (r, in), B (out, r), s the scale, and 
 adapter's input (D = identity outside training):
 
     forward     u  = D(x) A^T                        (N, r)
-                y  = x W^T + b  (+)  s u B^T         (N, out)   added into the fresh output
-    backward    v  = s dy B                          (N, r)
+                y  = x W^T + b  (+)  u (s B)^T       (N, out)   added into the fresh output
+    backward    v  = dy (s B)                        (N, r)
                 dx = dy W  (+)  D^T(v A)             (N, in)    added into the fresh gradient
                 dA = v^T D(x)                        (r, in)
                 dB = s (u^T dy)^T                    (out, r)   as (r, N) x (N, out): the fast orientation
@@ -15,15 +15,17 @@ adapter's input (D = identity outside training):
 (+) is an addition in place into a tensor that this function made itself; no input is ever written into.
 Saved for backward: x and u, nothing else of the activations' width; and beside them a mark of which adapter this was.
 Activation checkpointing runs the forward again, with the A and B of that moment, and finds the mark of that moment. A
-and B are cast *down* to x's dtype; x is never cast up. W is not saved but asked for again, so that a packed weight is
-dequantized once each way and never kept. The dropout mask is not stored: it is drawn anew from a seed, which itself
-is drawn from torch's CPU generator, so that activation checkpointing draws the same one.
+and B are cast *down* to x's dtype; x is never cast up. The scale goes with B, which is small. W is not saved but asked
+for again, so that a packed weight is dequantized once each way and never kept. The dropout mask is not stored: it is
+drawn anew from a seed, which itself is drawn from torch's CPU generator, so that activation checkpointing draws the
+same one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from torch.autograd import forward_ad
 from lightning_lora.errors import UnsupportedError
 
 WeightOf = Callable[[torch.dtype], Tensor]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _RECOMPUTED = (
     "activation checkpointing ran a forward again for its backward, and the adapter in use, its values or its strength "
@@ -109,12 +113,13 @@ def _needs_eager(*tensors: Tensor | None) -> bool:
     """Whether plain operations are needed: `torch.compile`, `torch.func`, forward AD, subclasses, meta tensors."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
+    in_forward_ad = forward_ad._current_level >= 0  # torch has no public way to ask; a look into each tensor is slow
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor.is_meta or type(tensor) not in _PLAIN:
             return True
-        if forward_ad.unpack_dual(tensor).tangent is not None:
+        if in_forward_ad and forward_ad.unpack_dual(tensor).tangent is not None:
             return True
     return False
 
@@ -132,6 +137,10 @@ def _eager(
     if lora_A is None or lora_B is None:
         return y
     return add_lora(y, x, lora_A, lora_B, scale, dropout)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -156,7 +165,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale, dropout, seed
         ctx.device_type, ctx.bias_dtype = x.device.type, None if bias is None else bias.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(ctx.device_type):
             y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
             if y._is_view():  # as with a bias and three dimensions: autograd would let nobody write into it
                 y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y.untyped_storage(), 0, y.shape, y.stride())
@@ -164,8 +173,7 @@ class _LoRALinear(torch.autograd.Function):
                 return y
             x2 = x.reshape(-1, x.shape[-1])
             u = _masked(x2, _mask(ctx, x2)) @ lora_A.to(x.dtype).t()
-            y2 = y.view(-1, y.shape[-1])
-            y2.addmm_(u, lora_B.to(x.dtype).t(), alpha=_scale(ctx))
+            y.view(-1, y.shape[-1]).addmm_(u, _scaled(ctx, lora_B, x.dtype).t())
         ctx.mark = [use, 0 if isinstance(scale, Tensor) else hash(scale)]
         ctx.save_for_backward(x, u, lora_A, lora_B, torch.tensor(ctx.mark, device="cpu"))
         return y
@@ -173,7 +181,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_bias = ctx.needs_input_grad[4]
-        with torch.autocast(ctx.device_type, enabled=False):
+        with _no_autocast(ctx.device_type):
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
             rest = (None, dbias, None, None, None, None)
             saved = ctx.saved_tensors  # read once: each access unpacks anew, a checkpoint refuses the second
@@ -195,10 +203,10 @@ def _fused_backward(
     dx = dA = dB = None
     x2 = x.reshape(-1, x.shape[-1])
     mask = _mask(ctx, x2)
-    if need_B:
-        dB = (u.t() @ dy2).t().mul(_scale(ctx)).to(lora_B.dtype)
+    if need_B:  # laid out as B is, in one copy: autograd would make another of any other layout
+        dB = torch.empty_like(lora_B).copy_((u.t() @ dy2).t()).mul_(_scale(ctx))
     if need_x or need_A:
-        v = (dy2 @ lora_B.to(dy.dtype)).mul_(_scale(ctx))
+        v = dy2 @ _scaled(ctx, lora_B, dy.dtype)
     if need_A:
         dA = (v.t() @ _masked(x2, mask)).to(lora_A.dtype)
     if need_x:
@@ -232,6 +240,12 @@ def _mask(ctx: Any, x2: Tensor) -> Tensor | None:
 def _masked(x2: Tensor, mask: Tensor | None) -> Tensor:
     """``x2`` with dropped elements at zero; the division by the kept share is in `_scale`."""
     return x2 if mask is None else x2 * mask
+
+
+def _scaled(ctx: Any, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """``s B`` in ``dtype``, multiplied in the wider of the two dtypes."""
+    wide = lora_B.to(dtype) if dtype.itemsize > lora_B.dtype.itemsize else lora_B
+    return (wide * _scale(ctx)).to(dtype)
 
 
 def _scale(ctx: Any) -> float:

@@ -251,24 +251,27 @@ class LoRALinear(AdapterModule):
         return self._compute(x, active=False)
 
     def _compute(self, x: Tensor, active: bool) -> Tensor:
-        base = self.base_layer
+        # Once for every layer of every step, between products that leave no cache warm: each line here counts.
+        compiling = torch.compiler.is_compiling()
+        base, adapter = self.base_layer, self.adapter
         dropout = self.lora_dropout if self.training else 0.0
-        scale = self.adapter.scale if torch.compiler.is_compiling() else self.adapter.factor
-        if not isinstance(self.adapter, LoRAAdapter):  # wrapped: its factors are whole only while it runs
+        scale = adapter.scale if compiling else adapter.factor
+        if not isinstance(adapter, LoRAAdapter):  # wrapped: its factors are whole only while it runs
             y = base(x)
-            return self.adapter(y, x, scale, dropout) if active else y
+            return adapter(y, x, scale, dropout) if active else y
+        wanted = output_dtype(x)
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
         elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):
-            dtype, weight = output_dtype(x), self._dense_matrix
+            dtype, weight = wanted, self._dense_matrix
         else:  # its forward must run: it computes in its own way or carries hooks, or torch refuses the dtypes
             y = base(x)
             if not active:
                 return y
             return add_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, scale, dropout)
-        A, B = (self.lora_A, self.lora_B) if active else (None, None)
-        use = 0 if torch.compiler.is_compiling() else self.record.use
-        return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout, use).to(output_dtype(x))  # type: ignore[arg-type]
+        A, B = (adapter.lora_A, adapter.lora_B) if active else (None, None)
+        use = 0 if compiling else self.record.use
+        return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout, use).to(wanted)  # type: ignore[arg-type]
 
     def _dense_matrix(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight.to(dtype)
@@ -303,5 +306,5 @@ def is_transparent(base: nn.Module) -> bool:
     plain = forward is nn.Linear.forward or (is_conv1d(base) and type(base).__name__ == "Conv1D")
     # nn.Module has no public view of its hooks; `forward` on the instance is how accelerate hooks a module.
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-    trained = any(p.requires_grad for p in base.parameters(recurse=False))
+    trained = any(p is not None and p.requires_grad for p in base._parameters.values())
     return plain and not hooked and not trained
