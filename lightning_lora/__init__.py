@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
     from lightning_lora.callbacks.replay_mix import ReplayMix
+    from lightning_lora.callbacks.scale_sweep import ScaleSweep
     from lightning_lora.causal_lm.datamodule import InstructionDataModule
     from lightning_lora.causal_lm.module import CausalLMModule
     from lightning_lora.config import LoRAConfig
@@ -75,6 +76,7 @@ _HOME = {
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
     "ReplayMix": "callbacks.replay_mix",
+    "ScaleSweep": "callbacks.scale_sweep",
     "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
     "add_weighted_adapter": "model.combine",
@@ -116,6 +118,7 @@ __all__ = [
     "LoRAConfig",
     "MergeOnFitEnd",
     "ReplayMix",
+    "ScaleSweep",
     "active_adapter",
     "adapter_state_dict",
     "add_weighted_adapter",

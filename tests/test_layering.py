@@ -38,7 +38,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "loraplus",
             "optimizers",
         ),
-        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis"),
+        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth"),
     ),
     "io": (
         "atomic",
@@ -79,7 +79,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
         *("scoring", "degeneration", "gauges"),
-        *("report", "paired", "scales", "snapshots", "remedies", "monitor", "sizes"),
+        *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes"),
     ),
     "reporting": ("forgetting", "summary", "diagnostics"),
     "strategies": (
@@ -90,6 +90,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
         *("ending", "forgetting_monitor", "merge_on_fit_end"),
         *("adapter_summary", "adapter_diagnostics"),
+        *("aside", "scale_sweep"),
     ),
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),

@@ -31,7 +31,8 @@ from lightning_lora.forgetting.gauges import Gauges, texts_in, texts_of
 from lightning_lora.forgetting.loading import load_on_ranks
 from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
 from lightning_lora.forgetting.remedies import SCALES_TRIED, outcome_text, roll_back, scale_down
-from lightning_lora.forgetting.report import Report, alarm_text
+from lightning_lora.forgetting.report import Report, TaskReport, alarm_text
+from lightning_lora.forgetting.scales import compare_tasks
 from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.sizes import Sizes
@@ -291,6 +292,29 @@ class ForgettingMonitor(Callback):
             with self._sizes_or_fail().spending(trainer.global_step), together("act on forgetting", TaskError):
                 self._remedy(self.outcome)
             rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome)}")
+        self.conclude(trainer)
+
+    def compare(self, items: int | None = None) -> tuple[TaskReport, dict[str, TaskReport]]:
+        """The model as it stands against its base, while `fit` runs; nothing of it is logged, kept or decided by.
+
+        Every rank takes part.
+
+        Args:
+            items: How many items of the bank at most, those first that no look has taken; None for all.
+
+        Returns:
+            All items of all tasks together, and each task.
+        """
+        monitor = self._monitor_or_fail()
+        with together("compare with the base", TaskError):
+            return compare_tasks(self._scorer_or_fail(), monitor.pairs, monitor.bank.sample(items))
+
+    def conclude(self, trainer: Trainer) -> None:
+        """The verdict, and what it leads to; once more when something has changed the adapters after training.
+
+        Args:
+            trainer: While `fit` runs.
+        """
         if self.verdict_at_end:
             before = self.outcome
             self._verdict(trainer)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Scales: forgetting as a function of how much of the adapter is kept.
 
-.. math:: W(\lambda) = W_0 + \lambda \, s B A, \qquad drop(\lambda) = -\Delta(\lambda)
+.. math:: W(\lambda) = W_0 + \lambda(\ell) \, s B A, \qquad drop(\lambda) = -\Delta(\lambda), \qquad
+    \lambda(\ell) = \lambda \quad or \quad \lambda(\ell) = \lambda + (1 - \lambda)\, \ell, \quad \ell \in [0, 1]
 
-At :math:`\lambda = 0` the model is its base and the drop is exactly 0. The base's scores are asked once for all scales.
+One scalar for all layers ("uniform"), or linear in depth ("linear"): the last block keeps all of its adapter and the
+first one :math:`\lambda` of it, since low layers hold what is general (K. Wang et al., "LiNeS", arXiv 2410.17146). At a
+uniform 0 the model is its base and the drop is exactly 0. The base's scores are asked once for all scales.
 """
 
 from __future__ import annotations
@@ -15,33 +18,41 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.forgetting.paired import PairedScores
-from lightning_lora.forgetting.report import TaskReport, compare_pooled
+from lightning_lora.forgetting.report import TaskReport, compare, compare_pooled
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.depth import adapter_depths
+
+SHAPES = ("uniform", "linear")
 
 
-def multiply_scale(model: nn.Module, lam: float) -> None:
-    """Multiply every adapter of ``model`` by ``lam``, on top of the strength that each has.
+def multiply_scale(model: nn.Module, lam: float, shape: str = "uniform") -> None:
+    """Multiply every adapter of ``model`` by ``lam``, on top of the strength that each has; 1 changes nothing.
 
     Args:
         model: a model with adapters.
         lam: what to multiply by.
+        shape: "uniform", or "linear" in depth.
     """
-    for _, module in adapter_modules(model):
-        module.strength = module.strength * lam
+    if lam == 1.0:
+        return
+    depths = adapter_depths(model) if shape == "linear" else {}
+    for name, module in adapter_modules(model):
+        module.strength = module.strength * (lam + (1.0 - lam) * depths.get(name, 0.0))
 
 
 @contextmanager
-def at_scale(model: nn.Module, lam: float) -> Iterator[None]:
+def at_scale(model: nn.Module, lam: float, shape: str = "uniform") -> Iterator[None]:
     """Inside, every adapter is multiplied by ``lam``; the strengths are put back, on exceptions too.
 
     Args:
         model: a model with adapters.
         lam: what to multiply by.
+        shape: "uniform", or "linear" in depth.
     """
     before = [(module, module.strength) for _, module in adapter_modules(model)]
     try:
-        multiply_scale(model, lam)
+        multiply_scale(model, lam, shape)
         yield
     finally:
         for module, strength in before:
@@ -62,11 +73,31 @@ def drop_at(scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[i
     Raises:
         ConfigError: if no document has a right choice.
     """
-    with at_scale(scorer.module, lam), scorer.quietly():
+    with at_scale(scorer.module, lam):
+        return compare_tasks(scorer, pairs, picked)[0]
+
+
+def compare_tasks(
+    scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]]
+) -> tuple[TaskReport, dict[str, TaskReport]]:
+    """The model as it stands against its base: all these documents together, and by task.
+
+    Every rank takes part.
+
+    Args:
+        scorer: the model.
+        pairs: the tasks, and what is known of the base.
+        picked: documents by task, ascending.
+
+    Raises:
+        ConfigError: if no document has a right choice.
+    """
+    with scorer.quietly():
         model, base = pairs.score(scorer, picked)
     if not model:
         raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")
-    return compare_pooled([(model[name], base[name]) for name in model])
+    pooled = compare_pooled([(model[name], base[name]) for name in model])
+    return pooled, {name: compare(model[name], base[name]) for name in model}
 
 
 def largest_that_holds(holds: Callable[[float], bool], parts: int = 32) -> float | None:

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ScaleSweep`: after training, how much of the adapter to keep, by what each share of it learns and forgets."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lora.callbacks.aside import validate_aside
+from lightning_lora.callbacks.ending import renew_checkpoints
+from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+from lightning_lora.errors import ConfigError, Notice, WriteError
+from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels
+from lightning_lora.forgetting.remedies import holds
+from lightning_lora.forgetting.scales import SHAPES, at_scale, multiply_scale
+from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
+from lightning_lora.io.atomic import atomic_write
+from lightning_lora.ranks import from_rank_zero, gather, together
+
+
+class ScaleSweep(Callback):
+    """When training ends, tries shares of the adapter and keeps the one that has learned most of those that hold.
+
+    Each scale is measured twice: by the run's own validation loop (the target), and against the base over the bank of
+    a `ForgettingMonitor` (the cost). To hold is to lie below the base by no more than the tolerance, in accuracy and
+    soft accuracy. The adapters are multiplied by the scale that is kept, and so is all that comes after: the merge of
+    `MergeOnFitEnd`, ``trainer.test``, `save_adapter`. ``last.ckpt`` and the folders of `AdapterCheckpoint` that hold
+    the end of training are written again; checkpoints that were chosen by a metric stay. At a scale of 1 nothing
+    changes. Every rank takes part.
+
+    Logged once, at the end:
+
+    | key | unit | meaning |
+    |---|---|---|
+    | ``scale_sweep/scale`` | share of the adapter | what is kept |
+    | ``scale_sweep/target`` | of the metric | the target metric at it |
+    | ``scale_sweep/delta``, ``soft_delta`` | share of items | accuracy and soft accuracy less the base's at it |
+
+    Example::
+
+        sweep = ScaleSweep(monitor="val_loss")
+        trainer = Trainer(callbacks=[LoRA(r=16), ForgettingMonitor(tasks, "base/"), sweep, MergeOnFitEnd("merged/")])
+        trainer.fit(module, datamodule)
+        sweep.result.scale
+
+    Args:
+        scales: Shares of the adapter to try, each in [0, 1]; 1 is always among them, 0 is the base and never kept.
+        monitor: Name of the target metric, as validation logs it.
+        mode: "min" or "max", which of its values are better.
+        shape: "uniform" multiplies all layers alike; "linear" in depth keeps all of the last block's adapter and the
+            scale of the first one's (LiNeS).
+        tolerance: A drop of accuracy that is nobody's concern; None for that of the `ForgettingMonitor`.
+        items: How many items to compare at each scale; None for the whole bank.
+        dirpath: Folder for ``scale_sweep.json``, the whole curve; None for the logger's folder, or the Trainer's
+            ``default_root_dir`` without one.
+        tasks: Tasks of its own, given as to `ForgettingMonitor`; None for those of the one in the Trainer.
+        tokenizer: With ``tasks``: folder, name or object; see `ForgettingMonitor`.
+        forward: With ``tasks``: what computes logits; see `ForgettingMonitor`.
+        batch_tokens: With ``tasks``: tokens in one batch.
+        num_fewshot: With ``tasks``: examples in each prompt.
+        include_path: With ``tasks``: folders of task YAML files.
+
+    Raises:
+        ConfigError: For a value out of range; at fit start, without a validation loop, without tasks, or when the
+            callback stands before the `ForgettingMonitor`; at the end, when validation logs no such metric.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        shape: Literal["uniform", "linear"] = "uniform",
+        tolerance: float | None = None,
+        items: int | None = None,
+        dirpath: str | Path | None = None,
+        tasks: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+        tokenizer: Any = None,
+        forward: str | Callable[..., Any] | None = None,
+        batch_tokens: int = 8192,
+        num_fewshot: int | None = None,
+        include_path: str | list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, ("min", "max"))
+        check_choice("shape", shape, SHAPES)
+        check_levels(0.0 if tolerance is None else tolerance, 0.05)
+        check_counts(none_too=True, items=items)
+        self.scales = check_scales(scales)
+        self.monitor, self.mode, self.shape = monitor, mode, shape
+        self.tolerance, self.items, self.dirpath = tolerance, items, dirpath
+        #: The curve and what was kept; None before the end of training.
+        self.result: Sweep | None = None
+        self._own: ForgettingMonitor | None = None
+        if tasks is not None:
+            self._own = ForgettingMonitor(
+                tasks,
+                tokenizer,
+                forward,
+                batch_tokens=batch_tokens,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.result = None
+        if not trainer.enable_validation:
+            raise ConfigError(
+                f"ScaleSweep takes the target metric `{self.monitor}` from validation, and this run has none: give the "
+                f"module a `validation_step` and the Trainer validation data, and leave `limit_val_batches` above 0."
+            )
+        self._check_company(trainer)
+        if self._own is not None:
+            self._own.on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            rank_zero_info("ScaleSweep: no scale is tried with `fast_dev_run`")
+            return
+        bank = self._bank(trainer)
+        tolerance = bank.tolerance if self.tolerance is None else self.tolerance
+        points = [self._measure(trainer, bank, scale, tolerance) for scale in self.scales]
+        scale, held = from_rank_zero(choose_scale(points, self.mode))
+        self.result = Sweep(
+            points, scale, held, self.shape, self.monitor, self.mode, tolerance, step=trainer.global_step
+        )
+        multiply_scale(pl_module, scale, self.shape)
+        self._tell(trainer, self.result)
+        if scale != 1.0:
+            for monitor in _monitors(trainer):
+                monitor.conclude(trainer)  # its verdict was on all of the adapter
+            renew_checkpoints(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._own is not None:
+            self._own.teardown(trainer, pl_module, stage)
+
+    def _measure(self, trainer: Trainer, bank: ForgettingMonitor, scale: float, tolerance: float) -> ScalePoint:
+        with at_scale(trainer.lightning_module, scale, self.shape):
+            metrics = validate_aside(trainer)
+            if self.monitor not in metrics:
+                logged = ", ".join(sorted(metrics)) or "nothing"
+                raise ConfigError(
+                    f"ScaleSweep: validation logs no `{self.monitor}`; it logs {logged}. Name one of them in `monitor`."
+                )
+            pooled, tasks = bank.compare(self.items)
+        return ScalePoint(scale, _over_ranks(metrics[self.monitor]), pooled, tasks, holds(pooled, tolerance))
+
+    def _bank(self, trainer: Trainer) -> ForgettingMonitor:
+        """Whose tasks are asked: the own ones, or those of the Trainer's monitor."""
+        return self._own or _monitors(trainer)[0]
+
+    def _check_company(self, trainer: Trainer) -> None:
+        """Refuse what would go wrong with other callbacks only after hours of training."""
+        callbacks, monitors = _callbacks(trainer), _monitors(trainer)
+        if self._own is None and len(monitors) != 1:
+            raise ConfigError(
+                f"ScaleSweep asks the tasks of the Trainer's one ForgettingMonitor, and there are {len(monitors)}: add "
+                f"one, or give `tasks` and `tokenizer` here."
+            )
+        if any(callbacks.index(monitor) > callbacks.index(self) for monitor in monitors):
+            raise ConfigError(
+                "ScaleSweep stands before ForgettingMonitor in the Trainer's callbacks; put it after: it starts from "
+                "what the monitor's `on_forgetting` leaves."
+            )
+        if any(isinstance(c, MergeOnFitEnd) and c.weights == "best" for c in callbacks) and trainer.is_global_zero:
+            warnings.warn(
+                'MergeOnFitEnd(weights="best") merges the best checkpoint as it was trained; the scale that ScaleSweep '
+                'keeps is that of the end of training, merged with weights="last".',
+                Notice,
+                stacklevel=2,
+            )
+
+    def _tell(self, trainer: Trainer, found: Sweep) -> None:
+        """On the screen, to the loggers and in the file."""
+        rank_zero_info(f"ScaleSweep at step {found.step}, {found.shape}:\n{found.summary()}")
+        if not found.holds and trainer.is_global_zero:
+            warnings.warn(
+                f"ScaleSweep: at no scale above 0 does the model hold (a drop of at most {100 * found.tolerance:g} "
+                f"points). The adapters were multiplied by the smallest one tried, {found.scale:g}.",
+                Notice,
+                stacklevel=2,
+            )
+        chosen = found.chosen
+        metrics = {
+            "scale_sweep/scale": found.scale,
+            "scale_sweep/target": chosen.target,
+            "scale_sweep/delta": chosen.pooled.delta,
+            "scale_sweep/soft_delta": chosen.pooled.soft_delta,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        with together(f"write {folder / 'scale_sweep.json'}", WriteError):
+            if trainer.is_global_zero:
+                with atomic_write(folder / "scale_sweep.json") as part:
+                    part.write_text(json.dumps(found.to_dict(), indent=1))
+
+
+def _over_ranks(value: float) -> float:
+    """A metric as every rank knows it; where each has its own part's (logged without ``sync_dist``), their mean."""
+    values = gather(value)
+    return value if len(set(values)) == 1 else math.fsum(values) / len(values)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks in their order."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _monitors(trainer: Trainer) -> list[ForgettingMonitor]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, ForgettingMonitor)]
