@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
 
 from lightning_lora.errors import ConfigError
 
@@ -238,67 +236,6 @@ def _soft_item(margin: float, step: bool, scale: float) -> float:
     if step or math.isinf(margin):
         return 0.5 * (1.0 + (margin > 0) - (margin < 0))
     return _sigmoid(1.702 * margin / scale)
-
-
-@dataclass(frozen=True)
-class DropBound:
-    """What a look knows of a drop below the base, with the error probability that it may spend.
-
-    Args:
-        drop: base minus model, above 0 for forgetting [share of items].
-        lower: one-sided lower confidence bound of the drop [share of items].
-        alpha: error probability of this bound.
-    """
-
-    drop: float
-    lower: float
-    alpha: float
-
-
-def drop_bound(delta: float, delta_se: float, n_items: int, alpha: float) -> DropBound:
-    r"""One-sided lower confidence bound of the drop :math:`-\Delta`.
-
-    .. math:: lower = -\Delta - z_{1-\alpha} \max(SE, 1/n)
-
-    The floor :math:`1/n` is the error of one changed answer among n: a handful of items that happen to agree does not
-    pass for certainty.
-
-    Args:
-        delta: mean paired difference, model less base [share of items].
-        delta_se: its standard error.
-        n_items: number of items.
-        alpha: probability, at most, that a true drop lies below the bound; between 0 and 1.
-
-    Raises:
-        ConfigError: for an alpha outside (0, 1) or no items.
-    """
-    if not 0.0 < alpha < 1.0 or n_items < 1:
-        raise ConfigError(f"drop_bound needs alpha in (0, 1) and items: got alpha={alpha}, n_items={n_items}.")
-    return DropBound(-delta, -delta - NormalDist().inv_cdf(1.0 - alpha) * max(delta_se, 1.0 / n_items), alpha)
-
-
-def spend(remaining: float, look: int, left: int | None = None) -> float:
-    r"""How much of the remaining error probability a look may spend.
-
-    Looks at one run are many chances of a false alarm; the shares add up to at most alpha over all of them
-    (Bonferroni). With K looks planned every look gets the same, and with an open end a falling series:
-
-    .. math:: \alpha_k = \frac{\alpha}{K} \qquad or \qquad \alpha_k = \frac{\alpha}{k (k + 1)}
-
-    Both are written as shares of what remains, one of those left and :math:`1/(k + 1)`, so that a plan that
-    changes in mid-run still never spends more than alpha.
-
-    Args:
-        remaining: alpha less what earlier looks spent.
-        look: number of this look, from 1.
-        left: looks still to come, this one included; None when nobody knows.
-
-    Raises:
-        ConfigError: if ``look`` or ``left`` is below 1.
-    """
-    if look < 1 or (left is not None and left < 1):
-        raise ConfigError(f"spend counts looks from 1: got look={look}, left={left}.")
-    return remaining / (look + 1 if left is None else left)
 
 
 def _paired_length(model: Sequence[float], base: Sequence[float]) -> int:
