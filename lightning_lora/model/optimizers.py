@@ -15,11 +15,12 @@ from typing import Any
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import Notice, OptimizerError
+from lightning_lora.errors import Notice, OptimizerError, UnsupportedError
 from lightning_lora.model.apply import adapter_modules, trained_outside
 from lightning_lora.model.loraplus import check_same_ratio
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.sharded import is_sharded
 
 
 class Succession:
@@ -117,8 +118,19 @@ def check_optimizers(
 
     Raises:
         OptimizerError: Some are not, or the base is trained too, with names.
+        UnsupportedError: An optimizer of bitsandbytes holds parameters that are spread over processes.
     """
     check_trained(model)
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        kind = type(optimizer)
+        if kind.__module__.startswith("bitsandbytes.") and any(
+            is_sharded(p) for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise UnsupportedError(
+                f"bitsandbytes' {kind.__name__} cannot step parameters that are sharded (FSDP 2, tensor parallelism): "
+                "use `torch.optim.AdamW` there, or DDP; the adapters' states are small"
+            )
     held = {key for optimizer in optimizers for key in held_by(optimizer)}
     lost = [
         f"{name}.{own}"

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
@@ -17,7 +19,9 @@ from torch.optim.swa_utils import SWALR
 from lightning_lora import LoRAConfig, apply_lora, loraplus_param_groups
 from lightning_lora.errors import ConfigError, OptimizerError, UnsupportedError
 from lightning_lora.model.loraplus import part_groups, schedulers_in
-from lightning_lora.model.optimizers import fitting_state
+from lightning_lora.model.optimizers import check_optimizers, fitting_state
+from lightning_lora.model.sharding import shard_model
+from lightning_lora.nn.sharded import is_sharded
 from tests.helpers import TinyNet, random_adapters, tiny_llama
 
 A, B = ["first.adapter.lora_A", "second.adapter.lora_A"], ["first.adapter.lora_B", "second.adapter.lora_B"]
@@ -274,6 +278,27 @@ def test_messages() -> None:
         loraplus_param_groups(net, 0.1)
     with pytest.raises(ConfigError, match="`loraplus_lr_ratio` must be a positive number, such as 16, or null, got 0"):
         loraplus_param_groups(net, 0.1, 0)
+
+
+def test_sharded_factors_are_parted_and_not_given_to_bitsandbytes() -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    net = _net()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard_model(net, init_device_mesh("cpu", (1,)))
+        optimizer = AdamW(_trained(net), lr=1e-3)
+        part_groups([optimizer], [], net, RATIO)
+        assert [len(g["params"]) for g in optimizer.param_groups] == [2, 2]
+        assert all(is_sharded(p) for g in optimizer.param_groups for p in g["params"])
+        check_optimizers([optimizer], net)
+        net(torch.arange(8).view(1, 8)).sum().backward()
+        optimizer.step()
+        message = r"bitsandbytes' AdamW8bit cannot step parameters that are sharded \(FSDP 2, tensor parallelism\): use"
+        with pytest.raises(UnsupportedError, match=message):
+            check_optimizers([AdamW8bit(_trained(net))], net)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_as_pefts_optimizer() -> None:

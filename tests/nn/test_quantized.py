@@ -21,6 +21,7 @@ from lightning_lora.errors import QuantizationError
 from lightning_lora.nn.quantized import (
     FP4,
     NF4,
+    PIECE,
     PackedLinear,
     PackedWeight,
     dequantize_4bit_reference,
@@ -152,6 +153,24 @@ def test_float64_and_non_contiguous_weights_are_packed_as_their_values(kind: str
         packed = PackedWeight(source, kind)
         assert torch.equal(packed.codes, want.codes)
         assert packed.source_dtype == source.dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(301, 701), (3, 70_000), (70_000, 3)])
+def test_a_weight_of_several_pieces_is_packed_as_in_one(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).bfloat16()
+    assert weight.numel() > 3 * PIECE
+    packed = PackedWeight(weight, kind)
+    if kind == "int8":
+        absmax = weight.float().abs().amax(1)
+        assert torch.equal(packed.absmax, absmax)
+        assert torch.equal(packed.codes, (weight.float() * (127 / absmax).unsqueeze(1)).round().to(torch.int8))
+        return
+    codes, absmax = quantize_4bit_reference(weight, kind[:3])
+    assert torch.equal(packed.codes, codes)
+    if kind != "nf4-dq":
+        assert torch.equal(packed.absmax, absmax)
 
 
 @pytest.mark.parametrize("kind", KINDS)
