@@ -129,7 +129,8 @@ def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport
 def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore]]]) -> TaskReport:
     """The paired statistics over the items of several tasks, every item with the same weight.
 
-    Soft accuracy is scaled within each task, since margins of different tasks are of different sizes.
+    Soft accuracy is scaled within each task, since margins of different tasks are of different sizes. Standard errors
+    are over groups where a task declares them.
 
     Args:
         tasks: scores of model and base, by task.
@@ -138,8 +139,9 @@ def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore
     correct_base = [s.correct for _, base in tasks for s in base]
     soft = [x for model, _ in tasks for x in statistics.soft_accuracy([s.margin for s in model])]
     soft_base = [x for _, base in tasks for x in statistics.soft_accuracy([s.margin for s in base])]
-    delta, delta_se = statistics.paired_difference(correct, correct_base)
-    soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base)
+    groups = _groups([model for model, _ in tasks])
+    delta, delta_se = statistics.paired_difference(correct, correct_base, groups)
+    soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base, groups)
     lost, gained = statistics.flips(correct, correct_base)
     return TaskReport(
         acc=statistics.accuracy(correct),
@@ -180,3 +182,14 @@ def alarm_text(report: Report, alpha: float, tolerance: float) -> str:
         f"Forgetting at step {report.step}, the verdict: below the base by more than {100 * tolerance:g} points at an "
         f"error probability of {alpha:g}, in points of accuracy: {below}."
     )
+
+
+def _groups(tasks: Sequence[Sequence[ItemScore]]) -> list[tuple[int, str | int]] | None:
+    """The group of each item of all tasks, one without is a group of its own; None where no task declares any."""
+    if all(score.group is None for scores in tasks for score in scores):
+        return None
+    return [
+        (k, i if score.group is None else score.group)
+        for k, scores in enumerate(tasks)
+        for i, score in enumerate(scores)
+    ]
