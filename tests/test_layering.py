@@ -79,7 +79,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "tasks", "loading"),
         *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
         *("scoring", "degeneration", "gauges"),
-        *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes"),
+        *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),
     ),
     "reporting": ("forgetting", "summary", "diagnostics"),
     "strategies": (

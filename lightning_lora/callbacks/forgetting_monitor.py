@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,21 +30,29 @@ from lightning_lora.forgetting.encoding import name_tokenizer
 from lightning_lora.forgetting.gauges import Gauges, texts_in, texts_of
 from lightning_lora.forgetting.loading import load_on_ranks
 from lightning_lora.forgetting.monitor import Monitor, Observer, Recorder
-from lightning_lora.forgetting.remedies import SCALES_TRIED, outcome_text, roll_back, scale_down
-from lightning_lora.forgetting.report import Report, TaskReport, alarm_text
+from lightning_lora.forgetting.remedies import outcome_text
+from lightning_lora.forgetting.report import Report, TaskReport
+from lightning_lora.forgetting.response import TRIES, Response
 from lightning_lora.forgetting.scales import compare_tasks
 from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.sizes import Sizes
-from lightning_lora.forgetting.snapshots import Snapshots
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import is_adapted
-from lightning_lora.ranks import from_rank_zero, together
-
-_ACTIONS = ("warn", "stop", "rollback", "scale")
+from lightning_lora.ranks import together
 
 #: Of this callback's state; a checkpoint's of another format is not read.
 _FORMAT = 2
+
+
+@dataclass
+class _Parts:
+    """What a fit works with."""
+
+    monitor: Monitor
+    sizes: Sizes
+    response: Response
+    scorer: Scorer | None  # it holds the model: None when the fit is over
 
 
 class ForgettingMonitor(Callback):
@@ -145,7 +153,7 @@ class ForgettingMonitor(Callback):
         general_text: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        check_choice("on_forgetting", on_forgetting, _ACTIONS)
+        check_choice("on_forgetting", on_forgetting, TRIES)
         check_levels(tolerance, alpha)
         check_share("max_time_fraction", max_time_fraction)
         check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
@@ -179,29 +187,31 @@ class ForgettingMonitor(Callback):
         self.observers: list[Observer] = []
         #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
         self.recorders: list[Recorder] = []
-        #: What an alarm led to: ``by``, ``step``, and ``rolled_back_to`` or ``scale`` with ``holds``; None without.
-        self.outcome: dict[str, Any] | None = None
         self._loaded: tuple[dict[str, LoadedTask], dict[str, LoadedTask]] | None = None
-        self._monitor: Monitor | None = None
-        self._scorer: Scorer | None = None
+        self._parts: _Parts | None = None
         self._restored: dict[str, Any] | None = None
         self._length = RunLength(None, None)
         self._seen_step = 0
         self._unlogged: dict[str, float] = {}
-        self._snapshots = Snapshots()
-        self._sizes: Sizes | None = None
-        self._said: set[str] = set()
 
     @property
     def history(self) -> list[Report]:
         """The report of every look, in order."""
-        return [] if self._monitor is None else list(self._monitor.history)
+        return [] if self._parts is None else list(self._parts.monitor.history)
 
     @property
     def report(self) -> Report | None:
         """The verdict; while there is none, the newest look; None before the first."""
         history = self.history
         return next((r for r in reversed(history) if r.kind == "verdict"), history[-1] if history else None)
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What an alarm led to; None without one.
+
+        ``by`` and ``step``, and ``rolled_back_to`` or ``scale`` with ``holds`` and ``items``, on how many it was seen.
+        """
+        return None if self._parts is None else self._parts.response.outcome
 
     @property
     @override
@@ -230,42 +240,37 @@ class ForgettingMonitor(Callback):
                 self.tasks, self.target_tasks, self.num_fewshot, self.include_path, trainer.local_rank
             )
         with together("make ready to score", TaskError):
-            self._scorer = Scorer(
+            scorer = Scorer(
                 pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
             )
-        if self._restored is None:
-            self._restored = self.state_dict() or None
+        self._restored = self._restored or self.state_dict() or None
         tasks, targets = self._loaded
         self._gauges = None
         if self.gauges:
             self._gauges = Gauges(texts_of(tasks) if self.general_text is None else texts_in(self.general_text))
-        self._monitor = Monitor(
-            tasks,
-            self.items_per_eval,
-            self.seed,
-            self.tolerance,
-            self.alpha,
-            targets,
-            [*self.observers, *([self._gauges] if self._gauges else [])],
-            self.recorders,
+        observers = [*self.observers, *([self._gauges] if self._gauges else [])]
+        monitor = Monitor(
+            tasks, self.items_per_eval, self.seed, self.tolerance, self.alpha, targets, observers, self.recorders
         )
-        tries = {"rollback": self._snapshots.most, "scale": SCALES_TRIED}.get(self.on_forgetting, 0)
         budget = None if self.max_time_fraction is None else Budget(self.max_time_fraction)
-        self._sizes = Sizes(self._monitor, budget, self.verdict_at_end, tries)
+        sizes = Sizes(monitor, budget, self.verdict_at_end, TRIES[self.on_forgetting])
+        self._parts = _Parts(monitor, sizes, Response(self.on_forgetting, monitor, sizes), scorer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parts, step = self._fit(), trainer.global_step
         self._take_up(trainer)
         self._length = run_length(trainer)
-        self._check_steps(trainer)
-        if self.on_forgetting == "rollback" and not self._snapshots.steps:
-            self._snapshots.take(pl_module, trainer.global_step)
-        sizes = self._sizes_or_fail()
-        if self.look_at_start and not self._monitor_or_fail().history:
+        late = self.schedule.check(self._length.steps)
+        if late:
+            end = self._length.steps
+            _say(trainer, f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.")
+        parts.response.begin(pl_module, step)
+        if self.look_at_start and not parts.monitor.history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
-            self._unlogged = self._look(trainer, sizes.first()).metrics()
-        if sizes.budget is not None and sizes.budget.next_step is None:
-            sizes.plan(trainer.global_step, self._length.steps)
+            self._unlogged = self._look(trainer, parts.sizes.first()).metrics()
+        if parts.sizes.budget is not None and parts.sizes.budget.next_step is None:
+            parts.sizes.plan(step, self._length.steps)
 
     @override
     def on_train_batch_end(
@@ -282,16 +287,17 @@ class ForgettingMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = self.schedule.is_due_after_epoch(trainer.current_epoch + 1)
-        if due and self._monitor_or_fail().last_step != trainer.global_step:
+        if due and self._fit().monitor.last_step != trainer.global_step:
             metrics = self._look_if_time(trainer)
             pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=False, on_epoch=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.outcome is not None and self._is_owed():
-            with self._sizes_or_fail().spending(trainer.global_step), together("act on forgetting", TaskError):
-                self._remedy(self.outcome)
-            rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome)}")
+        parts = self._fit()
+        if parts.response.is_owed:
+            with parts.sizes.spending(trainer.global_step):
+                parts.response.settle(self._scorer())
+            rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome or {})}")
         self.conclude(trainer)
 
     def compare(self, items: int | None = None) -> tuple[TaskReport, dict[str, TaskReport]]:
@@ -305,9 +311,9 @@ class ForgettingMonitor(Callback):
         Returns:
             All items of all tasks together, and each task.
         """
-        monitor = self._monitor_or_fail()
+        monitor = self._fit().monitor
         with together("compare with the base", TaskError):
-            return compare_tasks(self._scorer_or_fail(), monitor.pairs, monitor.bank.sample(items))
+            return compare_tasks(self._scorer(), monitor.pairs, monitor.bank.sample(items))
 
     def conclude(self, trainer: Trainer) -> None:
         """The verdict, and what it leads to; once more when something has changed the adapters after training.
@@ -315,30 +321,31 @@ class ForgettingMonitor(Callback):
         Args:
             trainer: While `fit` runs.
         """
+        response = self._fit().response
         if self.verdict_at_end:
-            before = self.outcome
+            before = response.outcome
             self._verdict(trainer)
-            if self.outcome is not before and self.on_forgetting in ("rollback", "scale"):
+            if response.outcome is not before and response.changes_adapters:
                 self._verdict(trainer)  # of what is left
-        if self.outcome is not None and self.on_forgetting in ("rollback", "scale"):
+        if response.outcome is not None and response.changes_adapters:
             renew_checkpoints(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._scorer = self._gauges = None  # they hold the model and a batch
+        self._gauges = None  # it holds a batch
+        if self._parts is not None:
+            self._parts.scorer = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._monitor is None:
+        if self._parts is None:
             return {}
-        budget = self._sizes_or_fail().budget
+        budget = self._parts.sizes.budget
         return {
             "format": _FORMAT,
-            "monitor": self._monitor.state_dict(),
-            "snapshots": self._snapshots.state_dict(),
+            "monitor": self._parts.monitor.state_dict(),
+            "response": self._parts.response.state_dict(),
             "budget": None if budget is None else budget.state_dict(),
-            "outcome": None if self.outcome is None else dict(self.outcome),
-            "said": sorted(self._said),
         }
 
     @override
@@ -348,62 +355,44 @@ class ForgettingMonitor(Callback):
     def _take_up(self, trainer: Trainer) -> None:
         """Go on from a checkpoint or from an earlier fit of this run; a run that begins anew begins anew."""
         state, self._restored = self._restored, None
-        self._snapshots, self.outcome, self._said = Snapshots(), None, set()
-        self._seen_step = trainer.global_step
-        budget = self._sizes_or_fail().budget
+        step, parts = trainer.global_step, self._fit()
+        monitor, response, budget = parts.monitor, parts.response, parts.sizes.budget
+        self._seen_step = step
         if budget is not None:
-            budget.begin(trainer.global_step)
+            budget.begin(step)
         if state is not None and state.get("format") != _FORMAT:
-            self._say(trainer, "Forgetting: the checkpoint's looks are of another version of this package: left out.")
+            _say(trainer, "Forgetting: the checkpoint's looks are of another version of this package: left out.")
             return
-        if state is None or not state["monitor"]["history"]:
-            return
-        monitor = self._monitor_or_fail()
-        if state["monitor"]["history"][-1]["step"] > trainer.global_step:
+        history = [] if state is None else state["monitor"]["history"]
+        if state is None or not history or history[-1]["step"] > step:
             return
         monitor.load_state_dict(state["monitor"])
-        self._snapshots.load_state_dict(state["snapshots"])
+        response.load_state_dict(state["response"])
         if budget is not None and state["budget"] is not None:
-            budget.load_state_dict(state["budget"], trainer.global_step)
-        self.outcome, self._said = state["outcome"], set(state["said"])
-        if self.outcome is None:
+            budget.load_state_dict(state["budget"], step)
+        if response.outcome is None:
             return
         if held_until(trainer):
             trainer.should_stop = True  # the wish is not in the checkpoint
             return
-        self._say(
+        _say(
             trainer,
-            f"Forgetting: this run was ended at step {self.outcome['step']} by `on_forgetting`. "
-            f"{outcome_text(self.outcome)} It goes on from these adapters, with the optimizer as it was at the end, "
-            f"and the evidence for an alarm begins anew.",
+            f"Forgetting: this run was ended at step {response.outcome['step']} by `on_forgetting`. "
+            f"{outcome_text(response.outcome)} It goes on from these adapters, with the optimizer as it was at the "
+            f"end, and the evidence for an alarm begins anew.",
         )
         monitor.begin_anew()
-        self._snapshots, self.outcome, self._said = Snapshots(), None, set()
-
-    def _check_steps(self, trainer: Trainer) -> None:
-        end = self._length.steps
-        if end is None and self.schedule.at_fractions:
-            raise ConfigError(
-                "`at_fractions` are shares of the run, and its length is not known. Set the Trainer's `max_steps`, or "
-                "use `every_n_steps` or `at_steps`."
-            )
-        late = self.schedule.late(end)
-        if late and trainer.is_global_zero:
-            warnings.warn(
-                f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.",
-                Notice,
-                stacklevel=2,
-            )
+        response.forget()
 
     def _is_due(self, before: int, now: int) -> bool:
-        budget = self._sizes_or_fail().budget
+        budget = self._fit().sizes.budget
         if budget is None or self.schedule:
             return self.schedule.is_due(before, now, self._length.steps)
         return budget.next_step is not None and before < budget.next_step <= now
 
     def _look_if_time(self, trainer: Trainer) -> dict[str, float]:
         """A look as large as the time budget allows, and what it logs; nothing where it allows none."""
-        step, end, sizes = trainer.global_step, self._length.steps, self._sizes_or_fail()
+        step, end, sizes = trainer.global_step, self._length.steps, self._fit().sizes
         items = sizes.look(step, end)
         metrics = {} if items == 0 else self._look(trainer, items).metrics()
         if sizes.budget is not None and not self.schedule:
@@ -411,90 +400,52 @@ class ForgettingMonitor(Callback):
         return metrics
 
     def _look(self, trainer: Trainer, items: int | None) -> Report:
-        monitor, scorer, sizes = self._monitor_or_fail(), self._scorer_or_fail(), self._sizes_or_fail()
-        step = trainer.global_step
-        after = self.schedule.looks_left(step, self._length) if self.schedule or sizes.budget is None else None
-        with sizes.spending(step, sizes.look_passes(items)), together("look at forgetting", TaskError):
-            report = monitor.look(scorer, step, None if after is None else after + 1, items)
+        parts, step = self._fit(), trainer.global_step
+        after = self.schedule.looks_left(step, self._length) if self.schedule or parts.sizes.budget is None else None
+        with parts.sizes.spending(step, parts.sizes.look_passes(items)), together("look at forgetting", TaskError):
+            report = parts.monitor.look(self._scorer(), step, None if after is None else after + 1, items)
         return self._told(trainer, report)
 
     def _verdict(self, trainer: Trainer) -> None:
-        monitor, scorer, sizes = self._monitor_or_fail(), self._scorer_or_fail(), self._sizes_or_fail()
-        items = sizes.verdict()
+        parts, step = self._fit(), trainer.global_step
+        items = parts.sizes.verdict()
         if items == 0:
-            self._say(
-                trainer,
-                f"Forgetting: the run was too short for a verdict within `max_time_fraction`={self.max_time_fraction}.",
-            )
+            share = self.max_time_fraction
+            _say(trainer, f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")
             return
-        passes = 0 if sizes.budget is None else sizes.verdict_passes(items)
-        with sizes.spending(trainer.global_step, passes), together("look at forgetting", TaskError):
-            report = monitor.verdict(scorer, trainer.global_step, items)
+        passes = 0 if parts.sizes.budget is None else parts.sizes.verdict_passes(items)
+        with parts.sizes.spending(step, passes), together("look at forgetting", TaskError):
+            report = parts.monitor.verdict(self._scorer(), step, items)
         self._told(trainer, report)
 
     def _told(self, trainer: Trainer, report: Report) -> Report:
         """Log a report and do what it asks for; the report with what was done."""
+        parts = self._fit()
         rank_zero_info(report.summary())
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=report.step)
-        with self._sizes_or_fail().spending(report.step):
-            self._act(trainer, report)
-        return self._monitor_or_fail().history[-1]
+        with parts.sizes.spending(report.step):
+            at_once = report.kind == "verdict" or not held_until(trainer)
+            text, stops = parts.response.hear(self._scorer(), report, at_once)
+        if stops:
+            text += f" {when_it_stops(trainer)}, as `on_forgetting` says."
+            trainer.should_stop = True
+        if text:
+            _say(trainer, text)
+        return parts.monitor.history[-1]
 
-    def _act(self, trainer: Trainer, report: Report) -> None:
-        alarms = from_rank_zero(report.alarms)
-        if not alarms:
-            if self.on_forgetting == "rollback" and report.kind == "look" and self.outcome is None:
-                self._snapshots.take(self._scorer_or_fail().module, report.step)
-            return
-        ends = (
-            self.on_forgetting != "warn"
-            and self.outcome is None
-            and (report.kind == "look" or self.on_forgetting in ("rollback", "scale"))
-        )
-        text = alarm_text(report, self.alpha, self.tolerance)
-        if ends:
-            self.outcome = {"by": self.on_forgetting, "step": report.step}
-            if not (report.kind == "look" and held_until(trainer)):
-                with together("act on forgetting", TaskError):
-                    self._remedy(self.outcome)
-            text += f" {outcome_text(self.outcome)}".rstrip()
-            if report.kind == "look":
-                text += f" {when_it_stops(trainer)}, as `on_forgetting` says."
-                trainer.should_stop = True
-            self._monitor_or_fail().history[-1] = replace(report, outcome=dict(self.outcome))
-        if ends or report.kind == "verdict" or set(alarms) - self._said:
-            self._say(trainer, text)
-        self._said |= set(alarms)
-
-    def _is_owed(self) -> bool:
-        """Whether an alarm asked for less of the adapters, and the trainer would not stop then."""
-        return self.on_forgetting in ("rollback", "scale") and "holds" not in (self.outcome or {})
-
-    def _remedy(self, outcome: dict[str, Any]) -> None:
-        """Leave less of the adapters, and write down what was done."""
-        monitor, scorer = self._monitor_or_fail(), self._scorer_or_fail()
-        picked = monitor.bank.sample(self._sizes_or_fail().remedy())
-        if self.on_forgetting == "rollback":
-            outcome |= roll_back(scorer, monitor.pairs, picked, self._snapshots, self.tolerance)
-        elif self.on_forgetting == "scale":
-            outcome |= scale_down(scorer, monitor.pairs, picked, self.tolerance)
-
-    def _say(self, trainer: Trainer, text: str) -> None:
-        if trainer.is_global_zero:
-            warnings.warn(text, Notice, stacklevel=2)
-
-    def _scorer_or_fail(self) -> Scorer:
-        if self._scorer is None:
+    def _fit(self) -> _Parts:
+        if self._parts is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
-        return self._scorer
+        return self._parts
 
-    def _sizes_or_fail(self) -> Sizes:
-        if self._sizes is None:
+    def _scorer(self) -> Scorer:
+        scorer = self._fit().scorer
+        if scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
-        return self._sizes
+        return scorer
 
-    def _monitor_or_fail(self) -> Monitor:
-        if self._monitor is None:
-            raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
-        return self._monitor
+
+def _say(trainer: Trainer, text: str) -> None:
+    if trainer.is_global_zero:
+        warnings.warn(text, Notice, stacklevel=2)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from lightning_lora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,18 @@ class Schedule:
             due.update(range(every, end + 1, every))
         return sum(step < s <= end for s in due)
 
-    def late(self, end: int | None) -> Sequence[int]:
-        """Those of `at_steps` that a run of ``end`` steps never comes to."""
+    def check(self, end: int | None) -> list[int]:
+        """Those of `at_steps` that a run of ``end`` steps never comes to.
+
+        Args:
+            end: optimizer steps after which the run ends; None when nobody knows.
+
+        Raises:
+            ConfigError: for `at_fractions` of a run whose length is not known.
+        """
+        if end is None and self.at_fractions:
+            raise ConfigError(
+                "`at_fractions` are shares of the run, and its length is not known. Set the Trainer's `max_steps`, or "
+                "use `every_n_steps` or `at_steps`."
+            )
         return [] if end is None else [step for step in self.at_steps if step > end]

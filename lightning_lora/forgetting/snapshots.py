@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.model.apply import adapter_state_dict, load_adapter_state
 from lightning_lora.nn.sharded import whole
 
+#: How many snapshots are kept, each as large as the adapters.
+KEPT = 5
+
 
 class Snapshots:
     """Keeps the adapters of the first look, of the newest, and of some between, dense towards the newest.
@@ -27,7 +30,7 @@ class Snapshots:
         most: how many to keep, 3 or more.
     """
 
-    def __init__(self, most: int = 5) -> None:
+    def __init__(self, most: int = KEPT) -> None:
         self.most = most
         self._taken: dict[int, dict[str, Tensor]] = {}
 

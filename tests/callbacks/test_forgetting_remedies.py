@@ -33,8 +33,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Worsens(L.Callback):
     """From a step on, training pushes the adapters away from the base; before it they hardly move."""
 
-    def __init__(self, step: int, lr: float = 0.5) -> None:
-        self.step, self.lr = step, lr
+    def __init__(self, step: int, lr: float = 0.5, keep: bool = True) -> None:
+        self.step, self.lr, self.keep = step, lr, keep
         self.seen: dict[int, dict[str, Tensor]] = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
@@ -42,7 +42,8 @@ class Worsens(L.Callback):
             group["lr"] = self.lr if trainer.global_step >= self.step else 1e-5
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.seen[trainer.global_step] = {k: t.clone() for k, t in adapter_state_dict(pl_module).items()}
+        if self.keep:
+            self.seen[trainer.global_step] = {k: t.clone() for k, t in adapter_state_dict(pl_module).items()}
 
 
 def fit(monitor: ForgettingMonitor, *callbacks: L.Callback, **kwargs: Any) -> tuple[L.Trainer, tiny.Student]:
@@ -93,14 +94,14 @@ def test_checkpoints_folders_and_merge_hold_what_was_rolled_back_to(rolled_back:
     for path in (adapters.last_model_path, adapters.best_model_path):
         checkpoint = torch.load(path, weights_only=True)
         assert same(checkpoint["state_dict"], expected)
-        assert checkpoint["callbacks"][monitor.state_key]["outcome"] == monitor.outcome
+        assert checkpoint["callbacks"][monitor.state_key]["response"]["outcome"] == monitor.outcome
         loaded = tiny.Student(dropout=0.0)
         load_adapter(loaded, path.removesuffix(".ckpt"))
         assert same(adapter_state_dict(loaded), expected)
     # a checkpoint of the steps between stays what it was
     earlier = torch.load(Path(adapters.last_model_path).with_name("epoch=0-step=8.ckpt"), weights_only=True)
     assert same(earlier["state_dict"], rolled_back["seen"][8])
-    assert earlier["callbacks"][monitor.state_key]["outcome"] is None
+    assert earlier["callbacks"][monitor.state_key]["response"]["outcome"] is None
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained(rolled_back["out"] / "merged")
@@ -149,7 +150,7 @@ def test_a_trainer_that_may_not_stop_yet_acts_at_its_end(known: str, tmp_path: P
     assert monitor.outcome["step"] < 13
     assert monitor.outcome["holds"] or action == "scale"
     last = torch.load(plain.last_model_path, weights_only=True)
-    assert last["callbacks"][monitor.state_key]["outcome"] == monitor.outcome
+    assert last["callbacks"][monitor.state_key]["response"]["outcome"] == monitor.outcome
     assert same(last["state_dict"], adapter_state_dict(student))
     if action == "rollback":
         assert same(last["state_dict"], worsens.seen[monitor.outcome["rolled_back_to"]])

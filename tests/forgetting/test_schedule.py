@@ -27,5 +27,5 @@ def test_looks_left_counts_each_step_once() -> None:
     assert schedule.looks_left(30, RunLength(40, 4)) == 2
     assert schedule.looks_left(0, RunLength(None, 4)) is None
     assert schedule.looks_left(0, RunLength(40, None)) is None
-    assert schedule.late(40) == [99]
+    assert schedule.check(40) == [99]
     assert not Schedule()
