@@ -424,3 +424,60 @@ def test_shares_of_a_run_without_an_end_are_refused(folder: Path, tokenizer: Any
     monitor = ForgettingMonitor(str(folder / "beta.yaml"), tokenizer, at_fractions=[0.5])
     with pytest.raises(ConfigError, match="`at_fractions` are shares of the run, and its length is not known"):
         trainer(monitor, max_steps=-1, max_epochs=-1).fit(tiny.Student(), tiny.loader())
+
+
+class CrashInBuildUp(L.Callback):
+    """Saves a checkpoint when the evidence is between nothing and an alarm, and dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        newest = next(c for c in trainer.callbacks if isinstance(c, ForgettingMonitor)).history[-1]
+        if 1.5 < newest.e_value < 20 and trainer.global_step > newest.step:
+            trainer.save_checkpoint(self.path)
+            raise KeyError("crash")
+
+
+def test_a_cut_while_an_alarm_builds_up_changes_no_e_value(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def fit(*callbacks: L.Callback, ckpt: Path | None = None) -> tuple[list[dict[str, Any]], Any]:
+        monitor = ForgettingMonitor(
+            str(folder / "known.yaml"), tokenizer, every_n_steps=2, items_per_eval=5, on_forgetting="rollback"
+        )
+        L.seed_everything(2)
+        student = tiny.Student(lr=0.05)
+        run = trainer(monitor, *callbacks, max_steps=22)
+        try:
+            run.fit(student, StatefulDataLoader(tiny.Sequences(96), batch_size=4), ckpt_path=ckpt)
+        except KeyError:
+            assert callbacks
+        return [{**r.to_dict(), "seconds": 0} for r in monitor.history], (monitor.outcome, digest(student))
+
+    whole, end = fit()
+    cut, _ = fit(CrashInBuildUp(tmp_path / "cut.ckpt"))
+    assert 1.5 < cut[-1]["e_value"] < 20
+    assert len(cut) < len(whole)
+    assert fit(ckpt=tmp_path / "cut.ckpt") == (whole, end)
+    assert end[0]["by"] == "rollback"  # from a snapshot that may be from before the cut
+    assert max(r["e_value"] for r in whole) >= 20
+
+
+def test_target_tasks_are_scored_logged_and_refused_twice(folder: Path, tokenizer: Any) -> None:
+    names = [str(folder / f"{name}.yaml") for name in ("alpha", "beta")]
+    monitor = ForgettingMonitor(names[0], tokenizer, items_per_eval=10, target_tasks=names[1], every_n_steps=1)
+    seen: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            seen.append(float(trainer.callback_metrics["learning/beta/delta"]))
+
+    trainer(monitor, Watch(), max_steps=2).fit(tiny.Student(), tiny.loader())
+    assert monitor.report is not None
+    assert (list(monitor.report.tasks), list(monitor.report.learning)) == (["alpha"], ["beta"])
+    assert monitor.report.learning["beta"].n_items == 20
+    assert seen == [pytest.approx(r.learning["beta"].delta) for r in monitor.history if r.kind == "look" and r.step]
+    twice = ForgettingMonitor(names, tokenizer, target_tasks=names[1])
+    with pytest.raises(ConfigError, match="`tasks` and `target_tasks` both have beta"):
+        trainer(twice).fit(tiny.Student(), tiny.loader())

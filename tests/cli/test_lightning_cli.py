@@ -220,3 +220,20 @@ def test_wrong_choice_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().err
     assert "nf5" in said
     assert "nf4" in said
+
+
+def test_every_argument_of_the_monitor_can_be_written_in_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {
+        "tasks": ["tasks/speech.yaml", "arc_easy"], "tokenizer": "base/", "every_n_steps": 100, "every_n_epochs": 2,
+        "at_steps": [10, 20], "at_fractions": [0.1, 0.5], "max_time_fraction": 0.05, "on_fit_start": False,
+        "on_fit_end": True, "items_per_eval": 50, "batch_tokens": 4096, "num_fewshot": 2, "include_path": "tasks/",
+        "tolerance": 0.01, "alpha": 0.1, "on_forgetting": "rollback", "seed": 3, "target_tasks": ["tasks/domain.yaml"],
+    }  # fmt: skip
+    callback = {"class_path": "lightning_lora.ForgettingMonitor", "init_args": given}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    printed = printed_config(capsys, "fit", "--config", str(config), "--print_config")
+    (entry,) = yaml.safe_load(printed)["trainer"]["callbacks"]
+    assert {name: entry["init_args"][name] for name in given} == given
