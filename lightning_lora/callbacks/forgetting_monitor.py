@@ -99,7 +99,7 @@ class ForgettingMonitor(Callback):
         at_fractions: Further shares of the run at which to look, such as ``[0.1, 0.5]``; above 0, up to 1.
         max_time_fraction: Share of the run's wall clock that looks and verdict may take, such as 0.05; None for no
             limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training has paid for by
-            then, on the pace measured so far; a look that would have too few items is left out. Without another
+            then, on the pace measured so far; gauges and looks for which there is no time are left out. Without another
             schedule it also says when to look.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
@@ -268,7 +268,7 @@ class ForgettingMonitor(Callback):
         parts.response.begin(pl_module, step)
         if self.look_at_start and not parts.monitor.history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
-            self._unlogged = self._look(trainer, parts.sizes.first()).metrics()
+            self._unlogged = self._look(trainer, *parts.sizes.first()).metrics()
         if parts.sizes.budget is not None and parts.sizes.budget.next_step is None:
             parts.sizes.plan(step, self._length.steps)
 
@@ -393,29 +393,29 @@ class ForgettingMonitor(Callback):
     def _look_if_time(self, trainer: Trainer) -> dict[str, float]:
         """A look as large as the time budget allows, and what it logs; nothing where it allows none."""
         step, end, sizes = trainer.global_step, self._length.steps, self._fit().sizes
-        items = sizes.look(step, end)
-        metrics = {} if items == 0 else self._look(trainer, items).metrics()
+        items, observe = sizes.look(step, end)
+        metrics = {} if items == 0 else self._look(trainer, items, observe).metrics()
         if sizes.budget is not None and not self.schedule:
             sizes.plan(step, end)
         return metrics
 
-    def _look(self, trainer: Trainer, items: int | None) -> Report:
+    def _look(self, trainer: Trainer, items: int | None, observe: bool) -> Report:
         parts, step = self._fit(), trainer.global_step
         after = self.schedule.looks_left(step, self._length) if self.schedule or parts.sizes.budget is None else None
         with parts.sizes.spending(step, parts.sizes.look_passes(items)), together("look at forgetting", TaskError):
-            report = parts.monitor.look(self._scorer(), step, None if after is None else after + 1, items)
+            report = parts.monitor.look(self._scorer(), step, None if after is None else after + 1, items, observe)
         return self._told(trainer, report)
 
     def _verdict(self, trainer: Trainer) -> None:
         parts, step = self._fit(), trainer.global_step
-        items = parts.sizes.verdict()
+        items, observe = parts.sizes.verdict()
         if items == 0:
             share = self.max_time_fraction
             _say(trainer, f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")
             return
         passes = 0 if parts.sizes.budget is None else parts.sizes.verdict_passes(items)
         with parts.sizes.spending(step, passes), together("look at forgetting", TaskError):
-            report = parts.monitor.verdict(self._scorer(), step, items)
+            report = parts.monitor.verdict(self._scorer(), step, items, observe)
         self._told(trainer, report)
 
     def _told(self, trainer: Trainer, report: Report) -> Report:

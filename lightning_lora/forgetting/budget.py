@@ -31,6 +31,9 @@ FEWEST = 8
 #: steps has doubled.
 OCCASIONS = 8
 
+#: Before gauges have been measured they are taken to last so many times as long as the first look.
+GAUGES = 20
+
 #: Optimizer steps after which the pace of training is known well enough.
 FIRST = 16
 
@@ -47,6 +50,8 @@ class Budget:
         self.share = share
         self.next_step: int | None = None
         self.spent = 0.0
+        #: What gauges took when they were measured last, None before [s].
+        self.gauges: float | None = None
         self._clock = clock
         self._trained, self._steps = 0.0, 0
         self._since, self._since_step = clock(), 0
@@ -91,7 +96,23 @@ class Budget:
             self.begin(step)
             self.spent += self._since - start
             if passes:
-                self._observed.append((passes, self._since - start))
+                self.note(passes, self._since - start)
+
+    def note(self, passes: int, seconds: float) -> None:
+        """Remember how long a look took.
+
+        Args:
+            passes: items that were scored, each once for every model that was asked.
+            seconds: how long that took, gauges left out [s].
+        """
+        self._observed.append((passes, seconds))
+
+    @property
+    def gauge_cost(self) -> float:
+        """What gauges are going to take; infinite before the first look [s]."""
+        if self.gauges is None:
+            return GAUGES * self._observed[0][1] if self._observed else math.inf
+        return self.gauges
 
     def cost(self, passes: int, early: bool = False) -> float:
         """What so many passes are going to take, by the looks so far; infinite before the first [s].
@@ -179,6 +200,7 @@ class Budget:
             "steps": self._steps,
             "since_step": self._since_step,
             "next_step": self.next_step,
+            "gauges": self.gauges,
             "observed": [list(seen) for seen in self._observed],
         }
 
@@ -191,7 +213,7 @@ class Budget:
         """
         self.spent, self._trained = state["spent"], state["trained"]
         self._steps = state["steps"] + step - state["since_step"]
-        self.next_step = state["next_step"]
+        self.next_step, self.gauges = state["next_step"], state["gauges"]
         self._observed.clear()
         self._observed.extend((int(p), float(s)) for p, s in state["observed"])
         self.begin(step)

@@ -99,6 +99,8 @@ class Monitor:
         self.target_bank = ItemBank(_sizes(targets or {}), items_per_look, seed)
         self.observers = list(observers)
         self.recorders = list(recorders)
+        #: How long the observers took at the newest look, None where they did not measure [s].
+        self.observed_seconds: float | None = None
         self.history: list[Report] = []
         self.bets = {name: EProcess(tolerance, alpha) for name in tasks}
 
@@ -112,7 +114,9 @@ class Monitor:
         """The evidence of a drop above the tolerance that all looks have gathered: the mean of the tasks' capitals."""
         return mean_e_value([bet.e_value for bet in self.bets.values()])
 
-    def look(self, scorer: Scorer, step: int, left: int | None = None, items: int | None = None) -> Report:
+    def look(
+        self, scorer: Scorer, step: int, left: int | None = None, items: int | None = None, observe: bool = True
+    ) -> Report:
         """Compare model and base on the next items of the bank.
 
         Args:
@@ -120,6 +124,7 @@ class Monitor:
             step: optimizer steps taken.
             left: looks of the run still to come, this one included; None when nobody knows.
             items: how many items to take; None for ``items_per_look``.
+            observe: whether the observers measure too.
         """
         used_up = set(self.bank.used_up)
         picked, targets = self.bank.take(items), self.target_bank.take(items)
@@ -130,17 +135,19 @@ class Monitor:
                 f"shuffled anew, and an alarm speaks of these very items, no longer of others like them. Fewer "
                 f"`items_per_eval` or fewer looks keep them fresh."
             )
-        return self._report(scorer, step, "look", picked, targets, again, left)
+        return self._report(scorer, step, "look", picked, targets, again, left, observe)
 
-    def verdict(self, scorer: Scorer, step: int, items: int | None = None) -> Report:
+    def verdict(self, scorer: Scorer, step: int, items: int | None = None, observe: bool = True) -> Report:
         """Compare model and base on every item of the bank.
 
         Args:
             scorer: the model.
             step: optimizer steps taken.
             items: how many items at most, those first that no look has taken; None for all.
+            observe: whether the observers measure too.
         """
-        return self._report(scorer, step, "verdict", self.bank.sample(items), self.target_bank.sample(items), [], None)
+        picked, targets = self.bank.sample(items), self.target_bank.sample(items)
+        return self._report(scorer, step, "verdict", picked, targets, [], None, observe)
 
     def begin_anew(self) -> None:
         """Let the bets begin with a capital of 1 again: another question is asked from here on."""
@@ -190,12 +197,16 @@ class Monitor:
         targets: Mapping[str, Sequence[int]],
         again: list[str],
         left: int | None,
+        observe: bool,
     ) -> Report:
         start = time.perf_counter()
         with scorer.quietly():
             model, base = self.pairs.score(scorer, picked)
             learned = self.target_pairs.score(scorer, targets) if targets else ({}, {})
-            gauges = {key: float(x) for o in self.observers for key, x in o.measure(scorer, step).items()}
+            between = time.perf_counter()
+            observers = self.observers if observe else []
+            gauges = {key: float(x) for o in observers for key, x in o.measure(scorer, step).items()}
+            self.observed_seconds = time.perf_counter() - between if observers else None
             gauges |= on_items(model, base)
         if not model:
             raise ConfigError("Forgetting: no item of any task has a right choice, so nothing can be compared.")

@@ -6,7 +6,7 @@ Without a time budget every answer is None: as many as were asked for. With one,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning_lora.forgetting.budget import CAUTION, Budget
@@ -36,13 +36,18 @@ class Sizes:
 
         Args:
             step: optimizer steps taken.
-            passes: see `Budget.spending`.
+            passes: those of a look; 0 where this is none.
         """
         if self.budget is None:
             yield
             return
-        with self.budget.spending(step, passes):
+        before = self.budget.spent
+        with self.budget.spending(step):
             yield
+        if passes:
+            gauges = self.monitor.observed_seconds
+            self.budget.note(passes, self.budget.spent - before - (gauges or 0.0))
+            self.budget.gauges = self.budget.gauges if gauges is None else gauges
 
     def look_passes(self, items: int | None) -> int:
         """Passes of a look: every item by the model and by its base.
@@ -63,32 +68,36 @@ class Sizes:
         found = [(bank.sample(items), pairs) for bank, pairs in groups if bank.size]
         return sum(sum(map(len, picked.values())) + pairs.unseen(picked) for picked, pairs in found)
 
-    def first(self) -> int | None:
-        """Items of the look before the first step, when no time has been measured: one of each task."""
-        return None if self.budget is None else 1
+    def first(self) -> tuple[int | None, bool]:
+        """The look before the first step, when no time has been measured: one item of each task, and no gauges."""
+        return (None, True) if self.budget is None else (1, False)
 
-    def look(self, step: int, end: int | None) -> int | None:
-        """Items of a look now; 0 for none.
+    def look(self, step: int, end: int | None) -> tuple[int | None, bool]:
+        """Items of a look now, 0 for none, and whether there is time for gauges.
 
         Args:
             step: optimizer steps taken.
             end: those after which the run ends; None when nobody knows.
         """
         if self.budget is None:
-            return None
+            return None, True
         if self.at_end and end is not None and step >= end:
-            return 0  # the verdict comes at once
-        seconds = self.budget.for_look(self._reserve())
-        most = self.monitor.bank.items_per_look
-        return from_rank_zero(self.budget.largest(self.look_passes, most, seconds, early=True))
+            return 0, False  # the verdict comes at once
+        return from_rank_zero(
+            self._with_gauges(self.look_passes, self.monitor.bank.items_per_look, self.budget.for_look(self._reserve()))
+        )
 
-    def verdict(self) -> int | None:
-        """Items of the verdict; 0 for none. Where a remedy may follow, something is left for it."""
+    def verdict(self) -> tuple[int | None, bool]:
+        """Items of the verdict, 0 for none, and whether there is time for gauges.
+
+        Where a remedy may follow, something is left for it.
+        """
         if self.budget is None:
-            return None
-        seconds = self.budget.balance / max(1, self.at_end)
+            return None, True
         size = max(self.monitor.bank.size, self.monitor.target_bank.size)
-        return from_rank_zero(self.budget.largest(self.verdict_passes, size, seconds))
+        return from_rank_zero(
+            self._with_gauges(self.verdict_passes, size, self.budget.balance / max(1, self.at_end), early=False)
+        )
 
     def remedy(self) -> int | None:
         """Items on which a remedy's candidates must hold.
@@ -110,11 +119,25 @@ class Sizes:
             end: those after which the run ends; None when nobody knows.
         """
         if self.budget is not None:
-            wanted = self.budget.cost(self.look_passes(None))
+            wanted = self.budget.cost(self.look_passes(None)) + self._gauge_cost
             self.budget.next_step = from_rank_zero(self.budget.plan(step, end, wanted, self._reserve()))
 
     def _reserve(self) -> float:
         """Seconds that the end of the run is going to take."""
         if self.budget is None or not self.at_end:
             return 0.0
-        return self.at_end * self.budget.cost(self.verdict_passes(None)) / CAUTION
+        return (self.at_end * self.budget.cost(self.verdict_passes(None)) + self._gauge_cost) / CAUTION
+
+    @property
+    def _gauge_cost(self) -> float:
+        return self.budget.gauge_cost if self.budget is not None and self.monitor.observers else 0.0
+
+    def _with_gauges(
+        self, passes: Callable[[int], int], most: int, seconds: float, early: bool = True
+    ) -> tuple[int, bool]:
+        """How many items so many seconds hold; gauges are left out where they would halve them."""
+        if self.budget is None:
+            return most, True
+        items = self.budget.largest(passes, most, seconds, early)
+        beside = self.budget.largest(passes, most, seconds - self._gauge_cost / CAUTION, early)
+        return (beside, True) if beside and 2 * beside >= items else (items, False)

@@ -90,7 +90,7 @@ def test_a_schedule_says_when_and_the_budget_how_many(task: str) -> None:
     fit(monitor, max_steps=121)
     steps = [r.step for r in monitor.history if r.kind == "look"]
     assert set(steps) <= {0, 40, 80, 120}
-    assert len(steps) >= 3
+    assert len(steps) >= 2
     assert all(r.pooled.n_items <= 100 for r in monitor.history if r.kind == "look")
 
 
