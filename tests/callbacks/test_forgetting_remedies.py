@@ -10,13 +10,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
-from lightning_lora.errors import Notice
+from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from tests.forgetting import tiny
@@ -207,3 +208,14 @@ def test_an_alarm_of_the_verdict_alone_is_acted_on_before_fit_returns(
         loaded = tiny.Student(dropout=0.0)
         load_adapter(loaded, path.removesuffix(".ckpt"))
         assert same(adapter_state_dict(loaded), adapter_state_dict(student))
+
+
+def test_rollback_is_refused_by_name_where_a_strategy_keeps_copies_of_the_adapters(known: str) -> None:
+    class Own(FSDPStrategy):
+        """Lightning refuses FSDP 1 itself on a CPU, and lets subclasses pass."""
+
+    student = tiny.Student(tiny.adapted())
+    trainer = L.Trainer(strategy=Own(), accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting="rollback")
+    with pytest.raises(UnsupportedError, match='`on_forgetting="rollback"` is not built under Own.*Use "scale"'):
+        monitor.on_fit_start(trainer, student)
