@@ -67,7 +67,7 @@ def run(folder: Path, out: Path) -> dict[str, Any]:
         found[name] = fit(out / name, how, watched, tiny.Student(dropout=0.0), Worsens(step=4, keep=False))
     watched = monitor(every_n_steps=2, on_forgetting="scale", tolerance=0.05)
     found["scale"] = fit(out / "scale", "ddp", watched, tiny.Student(dropout=0.0), Worsens(0, 0.02, keep=False))
-    watched = monitor(max_time_fraction=0.3)
+    watched = monitor(max_time_fraction=0.6)
     found["budget"] = fit(out / "budget", "ddp", watched, Slow(dropout=0.0, lr=1e-5))
     return found
 
