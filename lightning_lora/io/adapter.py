@@ -223,7 +223,13 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
         return
     if record is not None:
         refuse_in_fit(record)
-    load_checkpoint_adapter(model, path)
+    try:
+        load_checkpoint_adapter(model, path)
+    except AdapterMismatchError:
+        if name is None or record is None:
+            raise
+        load_checkpoint_resident(model, path, name)  # of another rank, scale or choice of modules
+        return
     if name is not None and record is None:
         rename_adapter(model, name)
 

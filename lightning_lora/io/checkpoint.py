@@ -24,7 +24,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -119,7 +119,7 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
     entry = checkpoint.get(KEY)
     own = adapter_state_dict(model)
     if entry is None:
-        state = {name: tensor for name, tensor in _cleaned(state, own).items() if name in own}
+        state = {name: tensor for name, tensor in cleaned(state, own).items() if name in own}
         if not state:
             raise CheckpointError(
                 "the checkpoint holds no adapters: it is of a run without LoRA. Load its weights into the module "
@@ -127,7 +127,7 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
             )
     else:
         check_metadata(model, entry)
-        state = _cleaned(state, own)
+        state = cleaned(state, own)
     fitting = {n: t for n, t in state.items() if n in own and isinstance(t, torch.Tensor) and t.shape == own[n].shape}
     check_finite(fitting, os.fspath(file))  # what does not fit may be of any size, and is refused below
     load_adapter_state(model, state, strict=strict and entry is not None)
@@ -136,12 +136,30 @@ def _load_state(model: nn.Module, checkpoint: Mapping[str, Any], strict: bool, f
             module.strength = entry.get("strength", {}).get(clean_name(name), 1.0)
 
 
-def _cleaned(state: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def cleaned(state: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
     """Names without what wrappers put into them, as every name of ours is; DDP's ``module.`` goes where none fits."""
-    cleaned = {clean_name(name): tensor for name, tensor in state.items()}
-    if any(name in own for name in cleaned):
-        return cleaned
-    return {name.removeprefix("module."): tensor for name, tensor in cleaned.items()}
+    found = {clean_name(name): tensor for name, tensor in state.items()}
+    if any(name in own for name in found):
+        return found
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def check_version(entry: Mapping[str, Any]) -> None:
+    """See that this package can read a checkpoint's entry.
+
+    Raises:
+        CheckpointError: The entry is of a newer version, or of none.
+    """
+    version = entry.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"the checkpoint's `{KEY}` entry is of version {version!r}, which no package has written: the file is "
+            "damaged or of another program. Take another checkpoint"
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"the checkpoint's `{KEY}` entry is of version {version}, this package knows {VERSION}: update it"
+        )
 
 
 @contextlib.contextmanager
@@ -163,16 +181,7 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
         AdapterMismatchError: The configuration differs; the fields are named.
         BaseMismatchError: The fingerprint of the base differs.
     """
-    version = entry.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(
-            f"the checkpoint's `{KEY}` entry is of version {version!r}, which no package has written: the file is "
-            "damaged or of another program. Take another checkpoint"
-        )
-    if version > VERSION:
-        raise CheckpointError(
-            f"the checkpoint's `{KEY}` entry is of version {version}, this package knows {VERSION}: update it"
-        )
+    check_version(entry)
     own = metadata(model)
     differing = {
         name: (value, own["config"].get(name))

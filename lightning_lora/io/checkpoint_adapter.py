@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, Notice
-from lightning_lora.io.checkpoint import compare_bases, load_state, naming
+from lightning_lora.io.checkpoint import check_version, cleaned, compare_bases, load_state, naming
 from lightning_lora.io.checkpoint_file import KEY
 from lightning_lora.io.conversion import fit
 from lightning_lora.io.distributed import read_either
@@ -114,11 +114,15 @@ def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
         )
         targets = find_targets(view, dataclasses.replace(config, quantize="none"))
     checkpoint = _renamed(checkpoint, theirs, clean(prefix), _outside(model))
-    state, entry = checkpoint["state_dict"], checkpoint[KEY]
+    shapes, entry = _shapes(view, config, targets), checkpoint[KEY]
+    state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
     with naming(path):
         compare_bases(entry.get("fingerprint"), record.fingerprint)
-    compare_shapes(_shapes(view, config, targets), {key: tuple(t.shape) for key, t in state.items()}, path)
+    compare_shapes(shapes, {key: tuple(tensor.shape) for key, tensor in state.items()}, path)
     check_finite(state, path)
+    for key in shapes:
+        if ".adapter.lora_" in key and not state[key].is_floating_point():
+            raise AdapterMismatchError(f"{path}: {key!r} is of {state[key].dtype}, adapters are floats")
     add_slots(model, targets.adapted, targets.saved)
     wanted = {*targets.adapted, *targets.saved}
     parts = {
@@ -134,7 +138,14 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = read_either(path)
     if not isinstance(checkpoint.get(KEY), Mapping):
         raise CheckpointError(f"{os.fspath(path)!r} holds no adapters of this package")
-    return checkpoint
+    entry = checkpoint[KEY]
+    with naming(path):
+        check_version(entry)
+    if not [*(entry.get("targets") or ()), *(entry.get("saved") or ())]:
+        raise CheckpointError(f"{os.fspath(path)!r} names no adapted module: it is damaged. Take another checkpoint")
+    own = {f"{name}.adapter.lora_A" for name in entry["targets"]}
+    own |= {key for name in entry["saved"] for key in checkpoint["state_dict"] if key.startswith(f"{name}.")}
+    return {**checkpoint, "state_dict": cleaned(checkpoint["state_dict"], own)}
 
 
 def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str | os.PathLike[str]) -> LoRAConfig:

@@ -32,6 +32,7 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "l
 #: Of `RECORD`; a folder without it is of the first or of PEFT's.
 FORMAT = 1
 PREFIX = "base_model.model."  # before every key
+_ATTEMPTS = 3  # at reading a folder that is replaced meanwhile
 #: What an adapter folder may consist of, and nothing else when it is replaced or removed.
 KNOWN_FILES = (CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md")  # PEFT writes a model card
 
@@ -43,27 +44,40 @@ class AdapterFolder:
         path: The folder.
         config: Its ``adapter_config.json``.
         record: Its ``lightning_lora.json``; empty for a folder of PEFT's.
+        identity: Which files these are, see `identity_of`.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any]) -> None:
-        self.path, self.config, self.record = path, config, record
+    def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any], identity: tuple[int, ...]) -> None:
+        self.path, self.config, self.record, self._identity = path, config, record, identity
         self.spec = Spec.from_json(config)
-        stat = (path / WEIGHTS).stat()  # of the file that is mapped, or of one before it
-        self._stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         self._file = MappedFile(path / WEIGHTS)
         self._copies = _base_copies(self._file.entries)
         self._keys = [key for key in self._file.entries if key not in self._copies]
 
     @classmethod
     def open(cls, dir: str | os.PathLike[str]) -> AdapterFolder:
-        """Read the two JSON files of a folder.
+        """Read the two JSON files of a folder and map the third: all three of one moment, or none.
 
         Raises:
-            CheckpointError: The folder, or what must be in it, is missing or unreadable.
+            CheckpointError: The folder, or what must be in it, is missing or unreadable, or changes while it is read.
             UnsupportedError: The folder uses a method that is not built.
         """
         path = Path(dir).expanduser()
         recover(path)
+        for _ in range(_ATTEMPTS):
+            before = identity_of(path)
+            try:
+                folder = cls._open(path, before)
+            except Exception:
+                if identity_of(path) == before:
+                    raise  # else a program replaced a part of it meanwhile, and what was read fits nothing
+                continue
+            if identity_of(path) == before:
+                return folder
+        raise CheckpointError(f"{path} changes while it is read: load it again when the program that writes it is done")
+
+    @classmethod
+    def _open(cls, path: Path, identity: tuple[int, ...]) -> AdapterFolder:
         if not path.is_dir():
             raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
         _check_there(path / CONFIG)
@@ -82,7 +96,7 @@ class AdapterFolder:
             )
         if version > FORMAT:
             raise CheckpointError(f"{path / RECORD} is of format {version}, this package knows {FORMAT}: update it")
-        folder = cls(path, config, record)
+        folder = cls(path, config, record, identity)
         folder._check_header()
         return folder
 
@@ -90,19 +104,19 @@ class AdapterFolder:
         """`tensors`, seen to be finite.
 
         Args:
-            verified: What files were found whole before, by place, size and time of change; this one is not
-                checked again when it is among them, and added when it is not.
+            verified: What folders were found whole before, by `identity_of`; this one is not checked again when it
+                is among them, and added when it is not.
 
         Raises:
             CheckpointError: See `tensors`; or values are NaN or inf.
         """
-        if verified is not None and self._stamp in verified:
+        if verified is not None and self._identity in verified:
             return self._read()
         tensors = self.tensors()
         if not (self.record.get("finite") is True and isinstance(self.record.get("digests"), Mapping)):
             check_finite(tensors, self.path)  # else values with these digests were seen to be finite when written
         if verified is not None:
-            verified.add(self._stamp)
+            verified.add(self._identity)
         return tensors
 
     def tensors(self) -> dict[str, Tensor]:
@@ -174,6 +188,21 @@ class AdapterFolder:
                     f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
                     f"{WEIGHTS}: one of the two was changed. Save the adapter again"
                 )
+
+
+def identity_of(path: Path) -> tuple[int, ...]:
+    """Which folder and files stand at a path: places, inodes, sizes and times of change."""
+    found: list[int] = []
+    for file in (path, path / CONFIG, path / RECORD, path / WEIGHTS):
+        try:
+            stat = file.stat()
+        except OSError:
+            found += (-1,)
+            continue
+        found += (stat.st_dev, stat.st_ino)
+        if file is not path:  # a folder's time changes with every file beside these
+            found += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return tuple(found)
 
 
 def compare_fingerprints(

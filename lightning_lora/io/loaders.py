@@ -23,7 +23,7 @@ from typing import Any
 from lightning_lora.config import scaling
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.io.atomic import recover
-from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, read_json
+from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, identity_of, read_json
 from lightning_lora.io.loader_rules import RULES, Facts, Loader
 from lightning_lora.io.peft_rules import check_types
 
@@ -145,7 +145,8 @@ def _open(dir: str | os.PathLike[str]) -> AdapterFolder:
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} has no {WEIGHTS}; pickles (.bin) are not opened: save it as safetensors")
     config = {key: value for key, value in config.items() if value is not None}
-    return AdapterFolder(path, config, read_json(path / RECORD) if (path / RECORD).exists() else {})
+    record = read_json(path / RECORD) if (path / RECORD).exists() else {}
+    return AdapterFolder(path, config, record, identity_of(path))
 
 
 def _scale_peft(folder: AdapterFolder, name: str, rank: int) -> float:

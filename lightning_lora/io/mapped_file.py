@@ -59,7 +59,10 @@ class MappedFile:
             for name, entry in header.items()
         }
         size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        self._data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        try:
+            self._data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        except RuntimeError as error:  # it became shorter since
+            raise CheckpointError(f"{path} changes while it is read: {error}".splitlines()[0]) from error
         self._typed: dict[str, Tensor] = {}  # the data once more, by dtype
 
     def shape(self, name: str) -> tuple[int, ...]:

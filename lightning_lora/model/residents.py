@@ -283,15 +283,25 @@ def _put_in_use(
     outgoing: dict[int, Held] = {}
     changed: list[Tensor] = []
     record.new_use()
-    for module, part in zip(slots, parts, strict=True):
-        if in_place:
-            former = module.exchange(part, changed)
-        else:
-            former = module.held()
-            former = None if former is None else former.detached()
-            module.hold(part, in_place=False)
-        if former is not None:
-            outgoing[module.slot] = former
+    formers: list[Held | None] = []
+    try:
+        for module, part in zip(slots, parts, strict=True):
+            if in_place:
+                former = module.exchange(part, changed)
+            else:
+                former = module.held()
+                former = None if former is None else former.detached()
+                module.hold(part, in_place=False)
+            formers.append(former)
+            if former is not None:
+                outgoing[module.slot] = former
+    except BaseException:  # Ctrl-C among them: no model is left with a part of each adapter
+        for module, former in zip(slots, formers, strict=False):
+            if in_place:
+                module.exchange(former, changed)
+            else:
+                module.hold(former, in_place=False)
+        raise
     torch.autograd.graph.increment_version(changed)  # a graph that saved the former values must not use these
     stale = [parameter for parameter in changed if parameter.grad is not None]
     for parameter in stale:
@@ -326,4 +336,6 @@ def parts_of(model: nn.Module, name: str) -> tuple[LoRAConfig, dict[int, Held]]:
         live = {module.slot: held.detached() for module in slots if (held := module.held()) is not None}
         return record.config, live
     waiting = record.waiting[name]
-    return waiting.config, {m.slot: part for m in slots if (part := _fitted(m, waiting, record)) is not None}
+    parts = {m.slot: part for m in slots if (part := _fitted(m, waiting, record)) is not None}
+    # A swap puts other tensors into the dictionaries of what waits: whoever holds on to a part has his own.
+    return waiting.config, {slot: part._replace(tensors=dict(part.tensors)) for slot, part in parts.items()}

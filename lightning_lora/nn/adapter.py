@@ -123,7 +123,11 @@ class AdapterModule(nn.Module):
                     "the adapters are sharded or on the meta device: adapters are loaded and swapped before "
                     "`fully_shard`, once they have values"
                 )
-            tensors[name] = tensor.detach().to(own.device, own.dtype)
+            tensor = tensor.detach().to(own.device, own.dtype)
+            if tensor.is_inference():  # made inside `torch.inference_mode`: it could never be trained
+                with torch.inference_mode(False):
+                    tensor = tensor.clone()
+            tensors[name] = tensor
         return held._replace(tensors=tensors)
 
     def is_plain(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, scaling
+from lightning_lora.errors import UnsupportedError
 from lightning_lora.nn.adapter import AdapterModule, Held, KeepsDType, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
 from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
@@ -216,7 +217,13 @@ class LoRALinear(AdapterModule):
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B, without the search for an attribute of a module."""
         parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
-        return parameters["lora_A"], parameters["lora_B"]
+        try:
+            return parameters["lora_A"], parameters["lora_B"]
+        except KeyError:
+            raise UnsupportedError(
+                "the adapters are wrapped (FSDP 1): adapters are loaded, swapped and written under a name before the "
+                "model is wrapped"
+            ) from None
 
     def _nothing(self) -> dict[str, Tensor]:
         A, B = self.lora_A, self.lora_B

@@ -106,11 +106,47 @@ def test_what_cannot_wait_is_said_and_changes_nothing(tmp_path: Path) -> None:
         "unknown": lambda state: state | {"x": torch.ones(1)},
         "shape": lambda state: state | {key: state[key][..., :1]},
         "NaN": lambda state: state | {key: state[key] * float("nan")},
+        "int64, adapters are floats": lambda state: state | {key: state[key].long()},
+        "missing": lambda state: state | {key: "text"},
     }.items():
         torch.save({**checkpoint, "state_dict": change(checkpoint["state_dict"])}, tmp_path / "bad.ckpt")
         with pytest.raises((AdapterMismatchError, CheckpointError), match=name):
             load_adapter(model, tmp_path / "bad.ckpt", name="second")
+    for change, text in (
+        ({"version": 99}, "is of version 99, this package knows"),
+        ({"version": -1}, "which no package has written"),
+        ({"targets": [], "saved": []}, "names no adapted module"),
+    ):
+        torch.save({**checkpoint, "lightning_lora": checkpoint["lightning_lora"] | change}, tmp_path / "bad.ckpt")
+        for other in (model, tiny_llama()):
+            with pytest.raises(CheckpointError, match=text):
+                load_adapter(other, tmp_path / "bad.ckpt", name="second")
     assert list_adapters(model) == ["default"]
+
+
+def test_names_that_wrappers_wrote_can_wait(tmp_path: Path) -> None:
+    live, path = trained(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lightning_lora"].pop("digests")
+    checkpoint["lightning_lora"]["version"] = 1
+    state = checkpoint["state_dict"]
+    for wrap in ("module.{}", "_orig_mod.{}"):
+        wrapped = {wrap.format(name): tensor for name, tensor in state.items()}
+        torch.save({**checkpoint, "state_dict": wrapped}, tmp_path / "wrapped.ckpt")
+        model = tiny_llama()
+        apply_lora(model, LoRAConfig(r=8))
+        load_adapter(model, tmp_path / "wrapped.ckpt", name="second")
+        set_adapter(model, "second")
+        torch.testing.assert_close(logits(model), logits(live))
+
+
+def test_another_rank_takes_the_place_of_the_adapter_that_is_named(tmp_path: Path) -> None:
+    live, path = trained(tmp_path)
+    model = tiny_llama()
+    apply_lora(model, LoRAConfig(r=8))
+    load_adapter(model, path, name="default")
+    assert list_adapters(model) == ["default"]
+    torch.testing.assert_close(logits(model), logits(live))
 
 
 def test_it_loads_into_a_converted_model(tmp_path: Path) -> None:
