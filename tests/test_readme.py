@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora.cli.main import build_parser
+from lightning_lora.cli.fit_cli import FitCLI
+from lightning_lora.cli.main import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -153,6 +154,10 @@ def test_broken_python_block_fails() -> None:
 @pytest.mark.parametrize("block", of_kind("yaml"))
 def test_yaml_block_makes_its_objects(block: Block, tmp_path: Path) -> None:
     (tmp_path / "block.yaml").write_text(block.text)
+    if re.search(r"^lora:", block.text, re.MULTILINE):  # of `lightning-lora fit`
+        made = FitCLI(["--config", str(tmp_path / "block.yaml"), "--trainer.accelerator=cpu"])
+        assert {"LoRA", "ForgettingMonitor", "MergeOnFitEnd"} <= {type(c).__name__ for c in made.trainer.callbacks}
+        return
     trainer = instantiated(tmp_path / "block.yaml").trainer
     for name in re.findall(r"class_path: lightning_lora\.(\w+)", block.text):
         assert name in {type(c).__name__ for c in (*trainer.callbacks, trainer.strategy)}
@@ -210,6 +215,13 @@ def check_command(words: list[str]) -> None:
                 inner = shlex.split(part)
                 if inner[0] != "ip":
                     check_command(inner)
+        case ["lightning-lora", "fit", *args]:
+            os.chdir(ROOT)  # the pages' paths are those of a clone
+            try:
+                code = main(["fit", *args, "--print_config"])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            assert code == 0, f"{shlex.join(words)} does not run"
         case ["lightning-lora", *args]:
             try:
                 build_parser().parse_args(args)
@@ -249,6 +261,7 @@ def test_shell_block_would_run(block: Block) -> None:
         'pip install "lightning-lora[quantum]"',
         "python examples/cli/main.py fit --trainer.callbacks+=lightning_lora.LoRaaa",
         "lightning-lora inspect adapter --rank 3",
+        "lightning-lora fit --model.base base --lora.rank 3",
         'unshare -n sh -c "ip link set lo up; frobnicate"',
         "frobnicate",
     ],

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from lightning_lora import errors
-from lightning_lora.cli import inspect, merge
+from lightning_lora.cli import fit, inspect, merge
 
-COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "merge": merge}
+COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge}
 FOUND, FAILED = 1, 2
 
 
@@ -24,16 +24,22 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: What stands after the program's name; the process's own if null.
     """
+    words = list(sys.argv[1:] if args is None else args)
     try:
         parser = build_parser()
     except ModuleNotFoundError as error:
         print(f"lightning-lora: error: {error.name} is missing: pip install 'lightning-lora[cli]'", file=sys.stderr)  # noqa: T201
         return FAILED
-    chosen = parser.parse_args(None if args is None else list(args))
+    lines = words[:1] == ["fit"] and not {"-h", "--help"} & set(words)  # it has a parser of its own, and needs torch
+    chosen = None if lines else parser.parse_args(words)
     try:
-        found: bool = COMMANDS[chosen.command].run(**_plain(chosen[chosen.command]))
+        found: bool = (
+            fit.run_lines(words[1:])
+            if chosen is None
+            else COMMANDS[chosen.command].run(**_plain(chosen[chosen.command]))
+        )
     except _expected() as error:
-        print(f"lightning-lora {chosen.command}: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"lightning-lora {words[0]}: error: {error}", file=sys.stderr)  # noqa: T201
         return FAILED
     return FOUND if found else 0
 
