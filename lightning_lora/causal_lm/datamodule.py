@@ -127,7 +127,7 @@ class InstructionDataModule(pl.LightningDataModule):
             held_out = self._read(self.validation).examples
         else:
             train, held_out = _split(train, self.validation_share, self.seed)
-        encoded = _encode(encoder, train, "training")
+        encoded = _encode(encoder, train, "training", shows_bars(self))
         self.report = look_at(train, encoded, held_out, len(read.problems), self.drop_duplicates)
         if not self.report.examples:
             raise DataError(f"no training example is left: of {len(train)} none has an answer within {length} tokens")
@@ -137,7 +137,7 @@ class InstructionDataModule(pl.LightningDataModule):
                 warnings.warn(f"Training data: {problem}", Notice, stacklevel=2)
         order = range(len(train)) if self.oversample is None else oversampled(train, self.oversample)
         self._train_rows = self._rows([part for index in order for part in encoded[index]], length)
-        validated = _encode(encoder, held_out, "validation")
+        validated = _encode(encoder, held_out, "validation", shows_bars(self))
         self._validation_rows = self._rows([part for parts in validated for part in parts], length)
 
     def train_dataloader(self) -> DataLoader:
@@ -224,10 +224,19 @@ def load_tokenizer(name: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
-def _encode(encoder: Encoder, examples: Sequence[Example], what: str) -> list[list[Encoded]]:
-    quiet = None if rank_and_world()[0] == 0 else True  # None: in a terminal only
-    bar = tqdm(examples, desc=f"tokens of {what}", delay=2, leave=False, disable=quiet)
-    return [encoder.encode(example) for example in bar]
+def shows_bars(owner: pl.LightningModule | pl.LightningDataModule) -> bool:
+    """Whether progress bars are wanted: on the first process, unless the Trainer has none."""
+    try:
+        trainer = owner.trainer
+    except RuntimeError:  # a module without one
+        trainer = None
+    return rank_and_world()[0] == 0 and (trainer is None or trainer.progress_bar_callback is not None)
+
+
+def _encode(encoder: Encoder, examples: Sequence[Example], what: str, bar: bool) -> list[list[Encoded]]:
+    off = None if bar else True  # None: in a terminal only
+    shown = tqdm(examples, desc=f"tokens of {what}", delay=2, leave=False, disable=off)
+    return [encoder.encode(example) for example in shown]
 
 
 def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_lora.causal_lm.datamodule import load_tokenizer
+from lightning_lora.causal_lm.datamodule import load_tokenizer, shows_bars
 from lightning_lora.causal_lm.encoding import IGNORED
 from lightning_lora.causal_lm.loss import CHUNK, check_head, chunked_loss, count, head_of, next_token_loss
 from lightning_lora.causal_lm.packing import check_packing
@@ -136,7 +138,8 @@ class CausalLMModule(pl.LightningModule):
             ) from error
         given = {} if self.attention is None else {"attn_implementation": self.attention}
         dtype: Any = _DTYPES.get(self.dtype_name, "auto")
-        with torch.device("cpu"):  # not Lightning's device: packed layers go there one by one
+        # Not on Lightning's device: packed layers go there one by one.
+        with torch.device("cpu"), _bars(shown=shows_bars(self)):
             self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype, **given)
         self.model.train()
         if self.gradient_checkpointing:
@@ -229,6 +232,21 @@ class CausalLMModule(pl.LightningModule):
         if (rows > 1) not in self._packs:
             check_packing(self.model, min(rows, 2))
             self._packs.add(rows > 1)
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Keeps transformers' progress bars away where none are to be shown."""
+    from transformers.utils import logging
+
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def recompute_activations(model: Any) -> None:

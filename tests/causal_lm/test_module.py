@@ -195,6 +195,17 @@ def test_validation_loss_weighs_tokens_and_not_batches(base: str, tmp_path: Path
     torch.testing.assert_close(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_bars_are_shown_where_the_trainer_shows_one(
+    base: str, tmp_path: Path, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted(CausalLMModule(base), tmp_path, max_steps=1, enable_progress_bar=shown, limit_val_batches=0)
+    assert ("Loading weights" in capsys.readouterr().err) == shown
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("lr", 0.0), ("warmup", 1.5), ("chunk", 0), ("schedule", "sine"), ("dtype", "fp8"), ("loss", "mean"),
