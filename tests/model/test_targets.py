@@ -272,7 +272,7 @@ def test_eight_billion_parameters_on_meta_are_converted_in_a_moment() -> None:
         model = tiny_llama(vocab=128256, num_key_value_heads=8, **config)
     start = time.process_time()
     report = apply_lora(model, LoRAConfig(quantize="nf4"))
-    assert time.process_time() - start < 3  # about half a second on one quiet core
+    assert time.process_time() - start < 1  # a tenth of that on one quiet core
     assert len(report.adapted) == 224
     assert report.logical_params == 8_030_261_248
     assert report.trainable_params == 41_943_040
