@@ -21,6 +21,9 @@ from lightning_lora.ranks import from_rank_zero, together
 #: What `on_forgetting` may be, and how many candidates each may ask the bank about.
 TRIES = {"warn": 0, "stop": 0, "rollback": KEPT, "scale": SCALES_TRIED}
 
+#: A look is one to go back to while the evidence, 1 at the start, has not begun to build up.
+HELD = 1.1
+
 
 class Response:
     """Answers the first alarm of a run, and keeps what is needed for it.
@@ -77,7 +80,8 @@ class Response:
         """
         alarms = from_rank_zero(report.alarms)
         if not alarms:
-            if self.action == "rollback" and report.kind == "look" and self.outcome is None:
+            held = report.kind == "look" and report.e_value <= HELD
+            if self.action == "rollback" and held and self.outcome is None:
                 self.snapshots.take(scorer.module, report.step)
             return "", False
         text = alarm_text(report, self.monitor.alpha, self.monitor.tolerance)
