@@ -104,6 +104,8 @@ def in_step(what: str, kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if getattr(error, _HEARD, False):
+            raise
         rank, world = rank_and_world()
         failed = {other: text for other in range(world) if other != rank and (text := _note(other)) is not None}
         if failed and isinstance(error, RuntimeError):

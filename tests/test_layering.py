@@ -76,7 +76,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "forgetting": (
         "divergence",
         *("statistics", "sequential", "power", "transfer", "metrics"),
-        *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "tasks", "loading"),
+        *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "presets", "offline", "tasks", "loading"),
         *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
         *("scoring", "degeneration", "gauges"),
         *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),

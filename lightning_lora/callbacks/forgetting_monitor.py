@@ -85,7 +85,7 @@ class ForgettingMonitor(Callback):
         monitor.report.tasks["arc_easy"].delta
 
     Args:
-        tasks: Names of lm-eval tasks or groups, paths of task YAML files, or dicts with lm-eval's task keys.
+        tasks: Names of lm-eval tasks or groups, or of presets ("quick", "lora_learns_less", "smoke"), paths of task YAML files, or dicts with lm-eval's task keys.
         target_tasks: Tasks of the field that is being learned, given alike: scored at the same looks by the same
             paired statistics and logged as ``learning/<task>/...``. They raise no alarm. A target loss that falls
             while they stay flat is style learned without knowledge.
@@ -122,6 +122,14 @@ class ForgettingMonitor(Callback):
         general_text: File or files of general text for the gauges, a text a line; None for questions of the tasks
             with their right answers.
 
+        apply_chat_template: Ask through the tokenizer's chat template; a name where it has several.
+        system_instruction: A text before each prompt; with a chat template, the system's turn.
+        fewshot_as_multiturn: With a chat template, whether few-shot examples are turns of their own.
+        allow_code: Names of tasks that may execute what the model writes, or code that comes with their data set.
+        base_cache: Folder in which the base's answers are kept for later runs over the same base; None for what the
+            environment variable LIGHTNING_LORA_BASE_CACHE says, and without it they are not kept. They are never
+            used while no adapter has been trained.
+
     Raises:
         ConfigError: For a value out of range or of another type, and when no look would ever be made.
         UnsupportedError: At fit start, for "rollback" under FSDP 1 or DeepSpeed.
@@ -151,6 +159,11 @@ class ForgettingMonitor(Callback):
         target_tasks: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
         gauges: bool = True,
         general_text: str | list[str] | None = None,
+        apply_chat_template: bool | str = False,
+        system_instruction: str | None = None,
+        fewshot_as_multiturn: bool = True,
+        allow_code: str | list[str] = (),  # type: ignore[assignment]
+        base_cache: str | None = None,
     ) -> None:
         super().__init__()
         check_choice("on_forgetting", on_forgetting, TRIES)
@@ -171,6 +184,11 @@ class ForgettingMonitor(Callback):
         self.batch_tokens = batch_tokens
         self.num_fewshot = num_fewshot
         self.include_path = include_path
+        self.apply_chat_template = apply_chat_template
+        self.system_instruction = system_instruction
+        self.fewshot_as_multiturn = fewshot_as_multiturn
+        self.allow_code = [allow_code] if isinstance(allow_code, str) else list(allow_code)
+        self.base_cache = base_cache
         self.tolerance = tolerance
         self.alpha = alpha
         self.on_forgetting = on_forgetting
@@ -237,11 +255,24 @@ class ForgettingMonitor(Callback):
             every = [*self.tasks, *self.target_tasks]
             rank_zero_info(f"ForgettingMonitor loads {len(every)} task(s): {', '.join(map(task_label, every))}")
             self._loaded = load_on_ranks(
-                self.tasks, self.target_tasks, self.num_fewshot, self.include_path, trainer.local_rank
+                self.tasks,
+                self.target_tasks,
+                self.num_fewshot,
+                self.include_path,
+                trainer.local_rank,
+                self.allow_code,
             )
         with together("make ready to score", TaskError):
             scorer = Scorer(
-                pl_module, self.tokenizer, self.forward, self.batch_tokens, trainer.precision_plugin.forward_context
+                pl_module,
+                self.tokenizer,
+                self.forward,
+                self.batch_tokens,
+                trainer.precision_plugin.forward_context,
+                apply_chat_template=self.apply_chat_template,
+                system_instruction=self.system_instruction,
+                fewshot_as_multiturn=self.fewshot_as_multiturn,
+                base_cache=self.base_cache,
             )
         self._restored = self._restored or self.state_dict() or None
         tasks, targets = self._loaded

@@ -26,7 +26,7 @@ from typing import Any
 from lightning_lora.errors import CheckpointError, Notice, WriteError
 from lightning_lora.forgetting.asking import Answer
 from lightning_lora.io.atomic import atomic_write
-from lightning_lora.ranks import from_rank_zero, rank_and_world
+from lightning_lora.ranks import rank_and_world
 
 VERSION = 1
 
@@ -62,7 +62,7 @@ def digest_of(value: Any) -> str:
 class BaseCache:
     """Answers of one base.
 
-    The first rank reads and writes the file; all ranks have what it read.
+    The first rank reads and writes the file; what it read is to be given to all.
 
     Args:
         folder: where the file lies or will lie.
@@ -75,7 +75,15 @@ class BaseCache:
         #: Whether some answers of the file have been asked again and were the same.
         self.trusted = False
         self._new: dict[str, Answer] = {}
-        self.answers: dict[str, Answer] = from_rank_zero(self._read() if rank_and_world()[0] == 0 else {})
+        self.answers: dict[str, Answer] = {}
+
+    def read(self) -> dict[str, Answer]:
+        """What the file holds; nothing on other ranks than the first."""
+        return self._read() if rank_and_world()[0] == 0 else {}
+
+    def take(self, answers: Mapping[str, Answer]) -> None:
+        """Believe what the first rank read, until some of it has been asked again."""
+        self.answers = dict(answers)
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Take answers in; those that are no numbers (a diverged base) are left out."""

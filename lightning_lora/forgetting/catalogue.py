@@ -4,7 +4,10 @@
 lm-eval indexes every task that it ships before it gives one, which takes 10 to 25 s. Here the folder that holds the
 name is found first and indexed alone; the full index is the way only for names that cannot be found so::
 
-    name -> a file or folder called so -> a file that says `task: name` -> the full index -> an error
+    name -> a file or folder called so -> a file that says `task: name` -> all files that say `tag: name`
+         -> the full index -> an error
+
+What lm-eval ships is listed, read and indexed once in a process.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from lightning_lora.errors import TaskError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+# A tag in more folders than this is left to the full index.
+_MANY = 24
 
 _NAMES = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'\[#]+)""", re.MULTILINE)
 
@@ -40,8 +46,6 @@ class Catalogue:
         self._shipped = shipped
         self._own = _paths(include_path)
         self._managers: dict[tuple[Path, ...], TaskManager] = {}
-        self._yamls: list[Path] | None = None
-        self._texts: dict[Path, str] | None = None
 
     def find(self, name: str) -> TaskManager:
         """The manager that knows ``name`` and everything that it consists of.
@@ -59,6 +63,12 @@ class Catalogue:
         for folder in self._folders(name):
             manager = self._manager([folder])
             if is_closed(name, manager.task_index, functools.partial(self._only_in, folder)):
+                return manager
+        tagged = self._tagged(name)
+        if 1 <= len(tagged) <= _MANY:
+            manager = self._manager(tagged)
+            _complete_tag(name, manager, [self._manager([folder]) for folder in tagged])
+            if is_closed(name, manager.task_index, lambda tag: tag == name):
                 return manager
         if self._own or any(name in text for text in self._read().values()):
             manager = self._everything()
@@ -80,9 +90,8 @@ class Catalogue:
         return sorted(found)
 
     def _folders(self, name: str) -> Iterator[Path]:
-        stems = {name, f"_{name}"}
-        near = (p.parent for p in self._files() if p.stem in stems or p.parent.name == name)
-        yield from dict.fromkeys(near)
+        called = _folders_by_name(self._shipped)
+        yield from dict.fromkeys([*called.get(name, ()), *called.get(f"_{name}", ())])
         said = re.compile(rf"""^(?:task:|group:|tag:|\s*-)[ \t]*["']?{re.escape(name)}["']?[ \t]*$""", re.MULTILINE)
         for path, text in self._read().items():
             if name in text and said.search(text):
@@ -93,17 +102,26 @@ class Catalogue:
         naming = (path for path, text in self._read().items() if tag in text and word.search(text))
         return all(folder in path.parents for path in naming)
 
-    def _files(self) -> list[Path]:
-        if self._yamls is None:
-            self._yamls = sorted(self._shipped.rglob("*.yaml"))
-        return self._yamls
+    def _tagged(self, name: str) -> list[Path]:
+        """The folders of all files that carry a tag, or say it of their tasks."""
+        word = rf"""["']?{re.escape(name)}["']?"""
+        said = re.compile(
+            rf"""^tag:[ \t]*{word}[ \t]*$|^tag:[ \t]*\[[^\]]*(?<![\w-]){word}(?![\w-])[^\]]*\]|"""
+            rf"""^tag:[ \t]*(?:\n[ \t]*-.*)*?\n[ \t]*-[ \t]*{word}[ \t]*$""",
+            re.MULTILINE,
+        )
+        folders = {path.parent for path, text in self._read().items() if name in text and said.search(text)}
+        return sorted(f for f in folders if not any(other in f.parents for other in folders))
+
+    def _files(self) -> tuple[Path, ...]:
+        return _yaml_files(self._shipped)
 
     def _read(self) -> dict[Path, str]:
-        if self._texts is None:
-            self._texts = {p: p.read_text(encoding="utf-8", errors="replace") for p in self._files()}
-        return self._texts
+        return _yaml_texts(self._shipped)
 
     def _manager(self, folders: Sequence[Path]) -> TaskManager:
+        if all(self._shipped in folder.parents for folder in folders):
+            return _shipped_manager(tuple(folders))
         from lm_eval.tasks import TaskManager
 
         key = tuple(folders)
@@ -117,6 +135,42 @@ class Catalogue:
         if () not in self._managers:
             self._managers[()] = TaskManager(include_path=self._own or None)
         return self._managers[()]
+
+
+@functools.lru_cache(maxsize=4)
+def _yaml_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(folder.rglob("*.yaml")))
+
+
+@functools.lru_cache(maxsize=4)
+def _folders_by_name(folder: Path) -> dict[str, list[Path]]:
+    """Folders by their own name and by the names of the files in them."""
+    found: dict[str, list[Path]] = {}
+    for path in _yaml_files(folder):
+        for name in {path.stem, path.parent.name}:
+            found.setdefault(name, []).append(path.parent)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _yaml_texts(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8", errors="replace") for path in _yaml_files(folder)}
+
+
+@functools.lru_cache(maxsize=64)
+def _shipped_manager(folders: tuple[Path, ...]) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=False)
+
+
+def _complete_tag(name: str, manager: TaskManager, parts: Sequence[TaskManager]) -> None:
+    """Put together what carries a tag in several folders: a manager keeps that of the last one."""
+    entry = manager.task_index.get(name)
+    if entry is not None and entry.kind.name == "TAG":
+        for part in parts:
+            own = part.task_index.get(name)
+            entry.tags.update(own.tags if own is not None and own.kind.name == "TAG" else ())
 
 
 def is_closed(name: str, index: Mapping[str, Any], whole_tag: Callable[[str], bool]) -> bool:
@@ -156,7 +210,12 @@ def leaf_configs(name: str, index: Mapping[str, Any]) -> Iterator[Mapping[str, A
             elif isinstance(member, Mapping):
                 yield member
     else:
-        yield {"task": name, **(entry.cfg or {})}
+        from lm_eval.tasks.manager import load_yaml
+
+        config = entry.cfg or {}
+        if "include" in config and entry.yaml_path is not None:
+            config = load_yaml(entry.yaml_path, resolve_func=False)
+        yield {"task": name, **config}
 
 
 def _members(entry: Any) -> list[Any]:

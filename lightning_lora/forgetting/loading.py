@@ -19,6 +19,7 @@ def load_on_ranks(
     num_fewshot: int | None,
     include_path: str | Path | Sequence[str | Path] | None,
     local_rank: int,
+    allow_code: Sequence[str] = (),
 ) -> tuple[Tasks, Tasks]:
     """Load tasks, on the first rank of each machine first: it fills the cache that others read.
 
@@ -28,6 +29,7 @@ def load_on_ranks(
         num_fewshot: as `load_tasks` takes it.
         include_path: as `load_tasks` takes it.
         local_rank: this rank's number on its machine.
+        allow_code: as `load_tasks` takes it.
 
     Raises:
         ConfigError: if a task is in both.
@@ -35,8 +37,8 @@ def load_on_ranks(
     """
 
     def load() -> tuple[Tasks, Tasks]:
-        loaded = load_tasks(tasks, num_fewshot, include_path)
-        learned = load_tasks(targets, num_fewshot, include_path) if targets else {}
+        loaded = load_tasks(tasks, num_fewshot, include_path, allow_code)
+        learned = load_tasks(targets, num_fewshot, include_path, allow_code) if targets else {}
         both = sorted(loaded.keys() & learned.keys())
         if both:
             raise ConfigError(f"`tasks` and `target_tasks` both have {', '.join(both)}. Leave it out of one of them.")

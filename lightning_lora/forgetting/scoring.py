@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,10 +35,12 @@ from lightning_lora.forgetting.trees import Row, Tree, make_batches, plant
 from lightning_lora.model.apply import adapter_modules, disable_adapters
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.sharding import is_fully_sharded, needs_every_rank
-from lightning_lora.ranks import from_rank_zero, gather, in_step, rank_and_world, together
+from lightning_lora.ranks import gather, in_step, rank_and_world, together
 from lightning_lora.rng import preserve_rng
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Asked = Mapping[Row, list[tuple[int, ...]]]  # continuations of each input
 
@@ -169,7 +171,8 @@ class Scorer:
         for name, ids in chosen.items():
             tasks[name].choose(ids)
         samples = {name: ids for name, ids in chosen.items() if len(ids) < tasks[name].n_docs}
-        with without_bars():
+        apart = needs_every_rank(self.module)
+        with without_bars(), in_step("score", TaskError) if apart else contextlib.nullcontext():
             results = evaluate(
                 lm=self.lm,
                 task_dict={"tasks": {name: tasks[name].task for name in chosen}},
@@ -216,12 +219,9 @@ class Scorer:
             uses.setdefault(self._input(pair), {}).setdefault(tuple(pair.continuation), []).append(index)
         self._refuse_foreign_tokens(max(max(row) for row in uses))
         found: dict[int, Answer] = {}
-        # Where a forward waits for all ranks, one that failed has nobody to tell before they have given up on it.
-        as_one = in_step if needs_every_rank(self.module) else together
-        with as_one("compute log-likelihoods", TaskError):
-            if self._shares is None:
-                self._shares = self._can_share()
-            answers = self._answers({row: list(asked) for row, asked in uses.items()})
+        if self._shares is None:
+            self._shares = self._together(self._can_share)[0]
+        answers = self._answers({row: list(asked) for row, asked in uses.items()})
         for row, asked in uses.items():
             for continuation, answer in zip(asked, answers[row], strict=True):
                 found.update(dict.fromkeys(asked[continuation], answer))
@@ -254,7 +254,7 @@ class Scorer:
         batches = generation.batches_of_prompts(ids, max_new_tokens, self.batch_tokens)
         rank, world = self._share()
         own: dict[int, str] = {}
-        with together("generate text", TaskError):
+        with together("write text", TaskError):
             for batch in batches[rank::world]:
                 with self.context():
                     written = generation.continue_prompts(
@@ -274,6 +274,7 @@ class Scorer:
             settings = {"shares": self._shares, "exact": self.exact}
             identity = base_identity(self.module, self._given_forward, self.context, **settings)
             self._cache = BaseCache(self._cache_folder, identity)
+            self._cache.take(self._together(self._cache.read)[0])
         return self._remembered(self._cache, batches, asked)
 
     def _remembered(self, cache: BaseCache, batches: list[list[Tree]], asked: Asked) -> dict[Row, list[Answer]]:
@@ -308,14 +309,30 @@ class Scorer:
     def _compute(self, batches: list[list[Tree]], asked: Asked) -> dict[Row, list[Answer]]:
         """This rank's share of the batches, and what the others found in theirs."""
         rank, world = self._share()
-        own: dict[Row, list[Answer]] = {}
-        for turn in range(-(-len(batches) // world)):
-            number = turn * world + rank
-            batch = batches[min(number, len(batches) - 1)]
-            found = iter(self._asker.ask(batch, asked))
-            if number < len(batches):
-                own.update({row: [next(found) for _ in asked[row]] for tree in batch for row in tree.rows})
-        return {row: answers for part in (gather(own) if world > 1 else [own]) for row, answers in part.items()}
+
+        def work() -> dict[Row, list[Answer]]:
+            own: dict[Row, list[Answer]] = {}
+            for turn in range(-(-len(batches) // world)):
+                number = turn * world + rank
+                batch = batches[min(number, len(batches) - 1)]
+                found = iter(self._asker.ask(batch, asked))
+                if number < len(batches):
+                    own.update({row: [next(found) for _ in asked[row]] for tree in batch for row in tree.rows})
+            return own
+
+        parts = self._together(work)
+        return {row: answers for part in (parts if world > 1 else parts[:1]) for row, answers in part.items()}
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What every rank makes of ``work``, or on all of them the error of one."""
+        with self._as_one("compute log-likelihoods", TaskError):
+            own = work()
+        return gather(own)
+
+    @property
+    def _as_one(self) -> Callable[[str, type[Exception]], contextlib.AbstractContextManager[None]]:
+        # Where a forward waits for all ranks, one that failed has nobody to tell before they have given up on it.
+        return in_step if needs_every_rank(self.module) else together
 
     def _share(self) -> tuple[int, int]:
         """Which batches are this rank's: number r, r + W, ... Where tensors are cut, all ranks take every batch."""
@@ -323,11 +340,11 @@ class Scorer:
         return rank_and_world() if not meshes or (meshes == {1} and is_fully_sharded(self.module)) else (0, 1)
 
     def _can_share(self) -> bool:
-        """Whether inputs may share what they begin with: asked of the model itself, the same on all ranks."""
+        """Whether inputs may share what they begin with: asked of the model itself."""
         size = getattr(self._embedding, "num_embeddings", 0)
         if self.max_length < 16 or size < 2:
             return False
-        agree, difference = from_rank_zero(self._asker.trees_agree(size, min(self.max_length, 64)))
+        agree, difference = self._asker.trees_agree(size, min(self.max_length, 64))
         if not agree:
             log.info(
                 "%s does not take texts that share their beginning (answers differ by %.2g nats): each is computed "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,31 @@ def _check_json(task: str, path: Path) -> None:
             raise TaskError(
                 f"Task {task!r}: {path}, line {number} is a JSON {type(value).__name__}, not an object: "
                 f"{line.strip()[:80]!r}. Write one JSON object a line, with the fields that the task's templates use."
+            )
+
+
+def refuse_code(config: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Refuse a task that executes what a model writes, or a data set's own code, unless it was named.
+
+    Args:
+        config: the task's configuration, with what it includes.
+        allowed: names of tasks that may.
+
+    Raises:
+        TaskError: for one that is not among them.
+    """
+    name, path = str(config.get("task")), str(config.get("dataset_path") or "")
+    kwargs = config.get("dataset_kwargs") or {}
+    runs = {
+        "what the model writes (`unsafe_code`)": bool(config.get("unsafe_code")),
+        "its data set's own code (`trust_remote_code`)": bool(kwargs.get("trust_remote_code")),
+        f"its data set's own code ({path})": path.endswith(".py") or os.path.isfile(f"{path}/{Path(path).name}.py"),
+    }
+    for what, does in runs.items():
+        if does and name not in allowed:
+            raise TaskError(
+                f"Task {name!r} executes {what} on this machine, with your rights. If you have read it and want that, "
+                f"name it: `allow_code=[{name!r}]`."
             )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.errors import MissingDependencyError, TaskError
 from lightning_lora.forgetting import sources
 from lightning_lora.forgetting.catalogue import Catalogue, leaf_configs
+from lightning_lora.forgetting.presets import TaskSpec, expand
 from lightning_lora.rng import preserve_rng
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 log = logging.getLogger(__name__)
-
-TaskSpec = str | Path | Mapping[str, Any]
 
 #: The seed that `lm_eval.simple_evaluate` gives to few-shot sampling.
 FEWSHOT_SEED = 1234
@@ -117,14 +116,16 @@ def load_tasks(
     specs: TaskSpec | Sequence[TaskSpec],
     num_fewshot: int | None = None,
     include_path: str | Path | Sequence[str | Path] | None = None,
+    allow_code: Sequence[str] = (),
 ) -> dict[str, LoadedTask]:
     """Load tasks and hold every document of theirs; Python's random state is left as it was.
 
     Args:
-        specs: names (tasks, groups, tags), paths of YAML files, or dicts with lm-eval's task keys, mixed freely.
-            Relative ``data_files`` of a YAML file are looked for beside it first.
+        specs: names (tasks, groups, tags, presets), paths of YAML files, or dicts with lm-eval's task keys, mixed
+            freely. Relative ``data_files`` of a YAML file are looked for beside it first.
         num_fewshot: few-shot examples in each prompt; None for what the task says. A task that says 0 keeps 0.
         include_path: folders of task YAML files, searched before lm-eval's own.
+        allow_code: names of tasks that may execute what a model writes, or code that comes with their data set.
 
     Returns:
         The tasks by name, groups taken apart.
@@ -137,7 +138,7 @@ def load_tasks(
         raise MissingDependencyError(
             "Measuring forgetting needs `lm-eval`, which is not installed: pip install 'lightning-lora[eval]'"
         )
-    given = [specs] if isinstance(specs, str | Path | Mapping) else list(specs)
+    given = expand([specs] if isinstance(specs, str | Path | Mapping) else list(specs))
     if not given:
         raise TaskError("`tasks` is empty: give at least one task name, YAML path or dict.")
     loaded: dict[str, LoadedTask] = {}
@@ -147,6 +148,7 @@ def load_tasks(
         for spec in given:
             manager, entry, configs = _resolve(spec, catalogue)
             for config in configs:
+                sources.refuse_code(config, allow_code)
                 _refuse_other_kinds(config)
                 sources.check_files(str(config.get("task")), config)
                 if not asked_hub and sources.needs_hub(config):

@@ -207,3 +207,133 @@ def test_hub_out_of_reach_fails_soon_and_says_the_way_out(tmp_path: Path) -> Non
     assert "data_files" in message
     assert "HF_HUB_OFFLINE=1" in message
     assert seconds < 30
+
+
+def test_a_group_id_comes_from_the_field_that_the_task_names(task_folder: Path, tmp_path: Path) -> None:
+    from lightning_lora.forgetting.scoring import Scorer
+    from tests.forgetting import tiny
+
+    docs = [{**doc, "passage": f"passage {number // 3}"} for number, doc in enumerate(tiny.items(9))]
+    tasks = load_tasks(tiny.write_task(tmp_path, "passages", docs, metadata={"cluster_by": "passage"}))
+    scorer = Scorer(tiny.llama(), tiny.tokenizer())
+    with scorer.quietly():
+        groups = [score.group for score in scorer.score(tasks, {"passages": range(9)})["passages"]]
+    assert [groups.index(group) for group in groups] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
+    assert load_tasks(task_folder / "alpha.yaml")["alpha"].cluster_by is None
+    with pytest.raises(TaskError, match="cluster_by: nothing.*fields context, choices, gold"):
+        load_tasks(tiny.write_task(tmp_path, "wrong", tiny.items(3), metadata={"cluster_by": "nothing"}))
+
+
+CODE = {
+    "unsafe_code": ({"unsafe_code": True}, "executes what the model writes"),
+    "remote": ({"dataset_kwargs": {"trust_remote_code": True}}, "executes its data set's own code"),
+    "script": ({"dataset_path": "/somewhere/data.py"}, "executes its data set's own code"),
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_code_is_executed_only_where_the_task_is_named(kind: str, task_folder: Path) -> None:
+    changes, said = CODE[kind]
+    spec = inline(task_folder / "beta.jsonl", **changes)
+    if kind == "remote":
+        spec["dataset_kwargs"] = {**changes["dataset_kwargs"], "data_files": {"test": str(task_folder / "beta.jsonl")}}
+    for allowed in ((), ("another",)):
+        with pytest.raises(TaskError, match=f"{said}.*`allow_code=\\['inline'\\]`"):
+            load_tasks(spec, allow_code=allowed)
+    if kind != "script":
+        assert load_tasks(spec, allow_code=["inline"])["inline"].n_docs == 20
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "humaneval_instruct"])
+def test_tasks_of_lm_evals_own_that_execute_code_are_refused(name: str) -> None:
+    """The last one says so only in a file that it includes."""
+    with pytest.raises(TaskError, match=f"Task '{name}' executes what the model writes"):
+        load_tasks(name)
+
+
+def test_the_mini_suite_loads_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = load_tasks("smoke")
+    assert {name: task.n_docs for name, task in tasks.items()} == {"smoke_function_words": 64, "smoke_word_order": 64}
+
+
+def test_presets_stand_for_tasks_each_once() -> None:
+    from lightning_lora.forgetting.presets import PRESETS, expand
+
+    assert expand(["lora_learns_less"]) == ["hellaswag", "arc_challenge", "winogrande"]
+    assert expand(["quick", "lora_learns_less", "boolq"]) == [*PRESETS["quick"], "arc_challenge", "boolq"]
+    catalogue = Catalogue()
+    for name in (*PRESETS["quick"], *PRESETS["lora_learns_less"]):
+        assert name in catalogue.find(name).task_index
+    assert not PRESETS.keys() & set(catalogue.names())  # no task of lm-eval's is hidden by one
+
+
+def test_names_are_found_in_milliseconds() -> None:
+    import time
+
+    for name in ("hellaswag", "mmlu", "ai2_arc", "super-glue-lm-eval-v1"):
+        Catalogue().find(name)
+        start = time.process_time()
+        Catalogue().find(name)
+        assert time.process_time() - start < 0.2, name  # the full index takes ten seconds
+
+
+@pytest.mark.slow
+def test_names_are_found_within_a_second_and_whole(tmp_path: Path) -> None:
+    """In a fresh process, against the full index."""
+    script = """
+import time, logging
+logging.disable(logging.WARNING)
+import lm_eval.tasks
+from lightning_lora.forgetting.catalogue import Catalogue, leaf_configs
+start = time.process_time()
+Catalogue().find("hellaswag")
+assert time.process_time() - start < 1.0, time.process_time() - start
+full = lm_eval.tasks.TaskManager()
+for name in ("ai2_arc", "super-glue-lm-eval-v1", "mmlu", "blimp", "glue", "self_consistency"):
+    index = Catalogue().find(name).task_index
+    own, all_ = ({c["task"] for c in leaf_configs(name, i)} for i in (index, full.task_index))
+    assert own == all_, name
+    assert len(index) < 100, name
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "save_to_disk"])
+def test_an_official_task_over_files_of_ones_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    from lightning_lora.forgetting.offline import write_offline_task
+
+    docs = [
+        {
+            "id": str(number), "question": f"question {number}?", "answerKey": "ABCD"[number % 4],
+            "choices": {"text": [f"answer {k}" for k in range(4)], "label": list("ABCD")},
+        }
+        for number in range(6)
+    ]  # fmt: skip
+    data, place = Dataset.from_list(docs), tmp_path / ("test" if kind == "save_to_disk" else f"test.{kind}")
+    {"jsonl": data.to_json, "parquet": data.to_parquet, "save_to_disk": data.save_to_disk}[kind](str(place))
+    path = write_offline_task("arc_easy", {"test": place}, tmp_path / "sub" / "arc_easy.yaml")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    task = load_tasks(path)["arc_easy"]
+    assert task.n_docs == 6
+    doc = list(task.task.eval_docs)[3]
+    assert task.task.doc_to_text(doc) == "Question: question 3?\nAnswer:"  # the official prompt
+    assert task.gold(doc, task.task.doc_to_target(doc)) == {3}
+
+
+def test_offline_task_says_what_is_missing(tmp_path: Path, task_folder: Path) -> None:
+    from lightning_lora.forgetting.offline import write_offline_task
+
+    lines = task_folder / "alpha.jsonl"
+    out = tmp_path / "out.yaml"
+    with pytest.raises(TaskError, match="needs the split\\(s\\) test: got files for train"):
+        write_offline_task("arc_easy", {"train": lines}, out)
+    with pytest.raises(TaskError, match="is a group: write a file for each"):
+        write_offline_task("mmlu", {"test": lines}, out)
+    with pytest.raises(TaskError, match="there is no file at"):
+        write_offline_task("arc_easy", {"test": tmp_path / "no.jsonl"}, out)
+    with pytest.raises(TaskError, match="is none of .jsonl"):
+        write_offline_task("arc_easy", {"test": task_folder / "alpha.yaml"}, out)
+    assert not out.exists()

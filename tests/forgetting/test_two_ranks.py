@@ -16,30 +16,114 @@ import pytest
 from lightning_lora.forgetting.monitor import Monitor
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
-from tests.forgetting import tiny
+from lightning_lora.io.adapter import save_adapter
+from tests.forgetting import tiny, two_ranks
 
 ROOT = Path(__file__).parents[2]
+
+
+def launch(jobs: list[str], task_folder: Path, out: Path, **environment: str) -> list[tuple[int, str]]:
+    """Two processes; each one's exit code and what it wrote to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.forgetting.two_ranks", str(task_folder), str(out), *jobs]
+    shared = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
+        "OMP_NUM_THREADS": "1", **environment,
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def both(jobs: list[str], task_folder: Path, out: Path, **environment: str) -> list[dict[str, Any]]:
+    """What each of two processes wrote, which both ended well."""
+    ended = launch(jobs, task_folder, out, **environment)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(error[-3000:] for _, error in ended)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters that already do something, for the tiny Llama inside a `Student`."""
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(tiny.adapted(0.3), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def ranks(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes wrote."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.forgetting.two_ranks", str(task_folder), str(out)]
-    shared = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-3000:] for e in errors)
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+    return both(["look", "failing_look", "scores", "refuses_to_write"], task_folder, out)
+
+
+@pytest.fixture(scope="module")
+def runs(task_folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes under Lightning wrote."""
+    out = tmp_path_factory.mktemp("runs")
+    return both(["fit", "watched_ddp", "watched_fsdp2"], task_folder, out, ADAPTER=str(adapter))
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_two_ranks_are_those_of_one(
+    ranks: list[dict[str, Any]], loaded: dict[str, LoadedTask], tokenizer: Any
+) -> None:
+    """Whole on each rank and in halves (FSDP 2); fewer items than ranks, and batches of unequal lengths, among them."""
+    first, second = (found["scores"] for found in ranks)
+    assert first == second
+    alone = [two_ranks.ask(Scorer(tiny.adapted(0.3), tokenizer), loaded, picked) for picked in two_ranks.PICKS]
+    assert set(first) == {f"{how}, {share}" for how in ("copies", "fsdp2") for share in (True, False)}
+    for found in first.values():
+        for theirs, own in zip(found, alone, strict=True):
+            for scores, expected in zip(theirs, own, strict=True):
+                for (doc, values, correct), (own_doc, own_values, own_correct) in zip(scores, expected, strict=True):
+                    assert (doc, correct) == (own_doc, own_correct)
+                    assert values == pytest.approx(own_values, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_inside_a_sharded_forward_ends_both_with_its_error(task_folder: Path, tmp_path: Path) -> None:
+    ended = launch(["dies"], task_folder, tmp_path)
+    assert [code for code, _ in ended] == [1, 1]
+    assert (tmp_path / "1.txt").read_text() == "MemoryError: rank 1 is out of memory"
+    said = (tmp_path / "0.txt").read_text()
+    assert said.startswith("TaskError: rank 1 failed to compute log-likelihoods, and so all stop: MemoryError: rank 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_reports_of_a_run_on_two_ranks_are_those_of_one(
+    how: str, runs: list[dict[str, Any]], task_folder: Path, adapter: Path
+) -> None:
+    first, second = (found[f"watched_{how}"] for found in runs)
+    assert first == second
+    alone = two_ranks.watched(task_folder, str(adapter), devices=1)
+    assert [report["kind"] for report in alone] == ["look"] * 3 + ["verdict"]
+    for theirs, own in zip(first, alone, strict=True):
+        for name, task in own["tasks"].items():
+            assert task["flips_lost"] + task["flips_gained"] > 0
+            assert theirs["tasks"][name] == pytest.approx(task, abs=1e-4)
+        assert theirs["pooled"] == pytest.approx(own["pooled"], abs=1e-4)
+        assert theirs["alarms"] == own["alarms"]
+
+
+@pytest.mark.slow
+def test_text_is_shared_out_over_whole_models_and_refused_of_sharded_ones(
+    ranks: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    scorer = Scorer(tiny.adapted(0.3), tokenizer)
+    prompts = ["the cat", "a river of stone", "old", "new house and blue moon"]
+    with scorer.quietly():
+        alone = scorer.generate(prompts, max_new_tokens=6)
+    for found in ranks:
+        whole, halves = found["refuses_to_write"]
+        assert whole == alone
+        assert halves.startswith("UnsupportedError: Text cannot be generated by a model that is spread over processes")
 
 
 @pytest.mark.slow
@@ -74,8 +158,8 @@ def test_a_failure_on_one_rank_stops_both(ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_of_a_fit_stop_at_the_same_step_with_the_same_reports(ranks: list[dict[str, Any]]) -> None:
-    first, second = (found["fit"] for found in ranks)
+def test_ranks_of_a_fit_stop_at_the_same_step_with_the_same_reports(runs: list[dict[str, Any]]) -> None:
+    first, second = (found["fit"] for found in runs)
     assert first["step"] == second["step"] < 30
     assert first["weights"] == pytest.approx(second["weights"])
     for one, other in zip(first["reports"], second["reports"], strict=True):
