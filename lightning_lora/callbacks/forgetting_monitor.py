@@ -85,7 +85,8 @@ class ForgettingMonitor(Callback):
         monitor.report.tasks["arc_easy"].delta
 
     Args:
-        tasks: Names of lm-eval tasks or groups, or of presets ("quick", "lora_learns_less", "smoke"), paths of task YAML files, or dicts with lm-eval's task keys.
+        tasks: Names of lm-eval tasks or groups, or of presets ("quick", "lora_learns_less", "smoke"), paths of task
+            YAML files, or dicts with lm-eval's task keys.
         target_tasks: Tasks of the field that is being learned, given alike: scored at the same looks by the same
             paired statistics and logged as ``learning/<task>/...``. They raise no alarm. A target loss that falls
             while they stay flat is style learned without knowledge.
@@ -162,7 +163,7 @@ class ForgettingMonitor(Callback):
         apply_chat_template: bool | str = False,
         system_instruction: str | None = None,
         fewshot_as_multiturn: bool = True,
-        allow_code: str | list[str] = (),  # type: ignore[assignment]
+        allow_code: str | Sequence[str] = (),
         base_cache: str | None = None,
     ) -> None:
         super().__init__()
