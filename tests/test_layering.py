@@ -81,7 +81,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("scoring", "degeneration", "gauges"),
         *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),
     ),
-    "reporting": ("forgetting", "summary", "diagnostics"),
+    "reporting": ("forgetting", "summary", "diagnostics", "table", "items", "output"),
     "strategies": (
         *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),

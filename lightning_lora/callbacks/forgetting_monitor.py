@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,6 +41,7 @@ from lightning_lora.forgetting.sizes import Sizes
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import is_adapted
 from lightning_lora.ranks import together
+from lightning_lora.reporting.output import ForgettingOutput
 
 #: Of this callback's state; a checkpoint's of another format is not read.
 _FORMAT = 2
@@ -122,6 +124,8 @@ class ForgettingMonitor(Callback):
             (see `Gauges`). Nothing is decided by them.
         general_text: File or files of general text for the gauges, a text a line; None for questions of the tasks
             with their right answers.
+        dirpath: Folder for what the looks found: ``forgetting.json``, a plot, and every item of every look; None to
+            write no files. Loggers get numbers, table and plot either way.
 
         apply_chat_template: Ask through the tokenizer's chat template; a name where it has several.
         system_instruction: A text before each prompt; with a chat template, the system's turn.
@@ -165,6 +169,7 @@ class ForgettingMonitor(Callback):
         fewshot_as_multiturn: bool = True,
         allow_code: str | Sequence[str] = (),
         base_cache: str | None = None,
+        dirpath: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_choice("on_forgetting", on_forgetting, TRIES)
@@ -202,6 +207,8 @@ class ForgettingMonitor(Callback):
         self.gauges = gauges
         self.general_text = general_text
         self._gauges: Gauges | None = None
+        self.dirpath = dirpath
+        self._output = ForgettingOutput(dirpath)
         #: Measure something else at each look; see `Observer`. To be filled before `fit`.
         self.observers: list[Observer] = []
         #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
@@ -281,8 +288,9 @@ class ForgettingMonitor(Callback):
         if self.gauges:
             self._gauges = Gauges(texts_of(tasks) if self.general_text is None else texts_in(self.general_text))
         observers = [*self.observers, *([self._gauges] if self._gauges else [])]
+        recorders = [*self.recorders, self._output.record]
         monitor = Monitor(
-            tasks, self.items_per_eval, self.seed, self.tolerance, self.alpha, targets, observers, self.recorders
+            tasks, self.items_per_eval, self.seed, self.tolerance, self.alpha, targets, observers, recorders
         )
         budget = None if self.max_time_fraction is None else Budget(self.max_time_fraction)
         sizes = Sizes(monitor, budget, self.verdict_at_end, TRIES[self.on_forgetting])
@@ -361,6 +369,7 @@ class ForgettingMonitor(Callback):
                 self._verdict(trainer)  # of what is left
         if response.outcome is not None and response.changes_adapters:
             renew_checkpoints(trainer)
+        self._output.finish(self.history, trainer.loggers)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -400,6 +409,7 @@ class ForgettingMonitor(Callback):
             return
         monitor.load_state_dict(state["monitor"])
         response.load_state_dict(state["response"])
+        self._output.goes_on(len(self.history))
         if budget is not None and state["budget"] is not None:
             budget.load_state_dict(state["budget"], step)
         if response.outcome is None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's plots and tables."""
 
-from lightning_lora.reporting.forgetting import plot_forgetting
+from lightning_lora.reporting.forgetting import plot_forgetting, plot_learning
 
-__all__ = ["plot_forgetting"]
+__all__ = ["plot_forgetting", "plot_learning"]
