@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from forgetting_report import report
 
 from demo.shakespeare import Shakespeare, ShakespeareData
-from lightning_lora import BaseKL, ForgettingMonitor, LoRA, ReplayMix
+from lightning_lora import BaseKL, ForgettingMonitor, LoRA, ReplayMix, ScaleSweep
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.tasks import load_tasks
 from small_base.corpus import split_speeches
@@ -42,8 +42,8 @@ TASK_NAMES = ("speech_continuation", "function_words")
 BLOCK = 128  # tokens a row
 LR = 2e-3  # of LoRA, where it is not the learning rate that is varied
 TOLERANCE = 0.01
-LOOKS = (4, 8, 12, 16, 20, 25, 30, 35, 40, 50)  # optimizer steps
-ITEMS = 130  # of a look: the half of the bank lasts for all looks
+LOOKS = (1, 2, 3, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50)  # optimizer steps
+ITEMS = 95  # of a look: the half of the bank lasts for all looks
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ def monitor(tasks: Path, on_forgetting: str) -> ForgettingMonitor:
     )  # fmt: skip
 
 
+def sweep(tasks: Path) -> ScaleSweep:
+    """Scales tried on the even half when training ends."""
+    return ScaleSweep(
+        (0.125, 0.25, 0.375, 0.5, 0.75, 1.0), tolerance=TOLERANCE, dirpath=tasks.parent / "sweep",
+        tasks=[str(tasks / "looks" / f"{name}.yaml") for name in TASK_NAMES], tokenizer=str(MODEL_DIR),
+    )  # fmt: skip
+
+
 METHODS = {
     "full": Method("full fine-tuning", 5e-4, lambda tasks: []),
     "lora-low": Method("LoRA, lr 5e-4", 5e-4, lambda tasks: [lora()]),
@@ -79,6 +87,7 @@ METHODS = {
     "replay": Method("ReplayMix(0.25)", LR, lambda tasks: [lora(), ReplayMix(speeches(), share=0.25)]),
     "rollback": Method('on_forgetting="rollback"', LR, lambda tasks: [lora(), monitor(tasks, "rollback")]),
     "scale": Method('on_forgetting="scale"', LR, lambda tasks: [lora(), monitor(tasks, "scale")]),
+    "sweep": Method("ScaleSweep", LR, lambda tasks: [lora(), sweep(tasks)]),
 }
 
 
@@ -141,12 +150,14 @@ def make_run(method: Method, seed: int, steps: int, tasks: Path) -> dict[str, An
     run.fit(module, ShakespeareData())
     trained = time.process_time() - begun
     watch = next((c for c in callbacks if isinstance(c, ForgettingMonitor)), None)
+    scales = next((c.result for c in callbacks if isinstance(c, ScaleSweep)), None)
     return {
         "loss": target_loss(run, module),
         "held": score_held(module, tasks),
         "steps": run.global_step,
         "train_seconds": trained,
         "outcome": watch and watch.outcome,
+        "curve": [(p.target, 100 * p.pooled.delta) for p in scales.points] if scales else [],
         "looks": [look.to_dict() for look in watch.history] if watch else [],
     }
 

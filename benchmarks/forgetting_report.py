@@ -35,7 +35,9 @@ def report(out: Path, labels: dict[str, str], seeds: Sequence[int], tolerance: f
     points = {
         labels[key]: [(run["loss"], -100 * drop(base, run)[0]) for run in of.values()] for key, of in runs.items() if of
     }
-    figure, _ = plot_learning(points, base=base["loss"], learned_label="loss on Shakespeare [nats/token]")
+    curve = next((run["curve"] for run in runs.get("sweep", {}).values()), None)
+    curves = {"scales of one adapter (even half)": curve} if curve else {}
+    figure, _ = plot_learning(points, curves, base=base["loss"], learned_label="loss on Shakespeare [nats/token]")
     figure.savefig(out / "learning_and_forgetting.png", dpi=120)
     held = [check for seed in seeds for check in checks(base, runs, seed, tolerance)]
     print("\n" + "\n".join(f"{'ok    ' if good else 'FAILED'}  {what}" for what, good in held))
