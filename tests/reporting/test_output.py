@@ -115,7 +115,7 @@ def test_wandb_gets_a_table_and_an_image(tmp_path: Path, monkeypatch: pytest.Mon
     hand_out(logger, HISTORY[-1], plot_forgetting(HISTORY)[0])
     summary = dict(logger.experiment.summary)
     media = [path.suffix for path in Path(logger.experiment.dir).rglob("media/**/*.*")]
-    logger.experiment.finish(quiet=True)
+    logger.experiment.finish()
     assert summary["forgetting/table"]["_type"] == "table-file"
     assert summary["forgetting/plot"]["_type"].startswith("images")
     assert sorted(media) == [".json", ".png"]
