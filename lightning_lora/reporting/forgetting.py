@@ -175,7 +175,7 @@ def plot_learning(
     figure, ax = _axes(ax, (8.0, 4.8))
     for name, line in (curves or {}).items():
         ax.plot(*zip(*line, strict=True), color="0.6", linewidth=1.2, marker=".", markersize=4, label=name, zorder=2)
-    marks = "osD^vP*Xhp<>"
+    marks = "osD^vPh<X>pd"
     for number, (name, runs) in enumerate(points.items()):
         x, y = (sum(column) / len(runs) for column in zip(*runs, strict=True))
         spread = [
