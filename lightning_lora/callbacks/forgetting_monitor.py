@@ -409,7 +409,7 @@ class ForgettingMonitor(Callback):
             return
         monitor.load_state_dict(state["monitor"])
         response.load_state_dict(state["response"])
-        self._output.goes_on(len(self.history))
+        self._output.goes_on(len(history))
         if budget is not None and state["budget"] is not None:
             budget.load_state_dict(state["budget"], step)
         if response.outcome is None:
