@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
+    from lightning_lora.planning.plan import Plan, plan
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
     from lightning_lora.strategies.deepspeed import AdapterDeepSpeedStrategy
     from lightning_lora.strategies.fsdp import AdapterFSDPStrategy
@@ -75,6 +76,7 @@ _HOME = {
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
+    "Plan": "planning.plan",
     "ReplayMix": "callbacks.replay_mix",
     "ScaleSweep": "callbacks.scale_sweep",
     "active_adapter": "model.residents",
@@ -92,6 +94,7 @@ _HOME = {
     "merged_state_dict": "io.merge",
     "mixed_batch": "model.mixed",
     "parallelize_adapted": "model.tensor_parallel",
+    "plan": "planning.plan",
     "save_adapter": "io.adapter",
     "set_adapter": "model.residents",
     "set_adapter_scale": "model.apply",
@@ -117,6 +120,7 @@ __all__ = [
     "LoRA",
     "LoRAConfig",
     "MergeOnFitEnd",
+    "Plan",
     "ReplayMix",
     "ScaleSweep",
     "active_adapter",
@@ -134,6 +138,7 @@ __all__ = [
     "merged_state_dict",
     "mixed_batch",
     "parallelize_adapted",
+    "plan",
     "save_adapter",
     "set_adapter",
     "set_adapter_scale",

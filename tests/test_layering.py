@@ -95,7 +95,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),
     ),
-    "cli": ("inspect", "merge", "fit_cli", "fit", "main"),
+    "planning": ("devices", "architecture", "activations", "estimate", "advice", "text", "plan"),
+    "cli": ("inspect", "merge", "plan", "fit_cli", "fit", "main"),
 }
 
 ANYWHERE, IN_FUNCTIONS = "anywhere in the file", "inside a function"

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from lightning_lora import errors
-from lightning_lora.cli import fit, inspect, merge
+from lightning_lora.cli import fit, inspect, merge, plan
 
-COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge}
+COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge, "plan": plan}
 FOUND, FAILED = 1, 2
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What a forward keeps for its backward, from a run of the real code on tensors without values.
 
-The model is built with few blocks under torch's `FakeTensorMode`, as though on a CPU, and what autograd saves is counted,
-storage by storage. Blocks are alike, so two depths give the rest:
+The model is built with few blocks under torch's `FakeTensorMode`, as though on a CPU, and what autograd saves is
+counted, storage by storage. Blocks are alike, so two depths give the rest:
 
 .. math:: saved(L) = outside + L \cdot block
 
-Frozen linears save nothing of the activations' size; each adapted one adds its input, unless that storage is kept anyway,
-and :math:`u = x A^T` of width r (see `lightning_lora.nn.functional`). With activation checkpointing a block keeps its
-input alone, and one block at a time is there in full.
+Frozen linears save nothing of the activations' size; each adapted one adds its input, unless that storage is kept
+anyway, and :math:`u = x A^T` of width r (see `lightning_lora.nn.functional`). With activation checkpointing a block
+keeps its input alone, and one block at a time is there in full.
 """
 
 from __future__ import annotations

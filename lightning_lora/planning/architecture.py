@@ -66,7 +66,7 @@ class Architecture:
 
 
 def read_config(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
-    """transformers' configuration of a model; nothing is ever downloaded.
+    """Transformers' configuration of a model; nothing is ever downloaded.
 
     Args:
         model: A folder with a ``config.json``, such a file, its contents, a configuration, or a name that is in the
@@ -92,14 +92,14 @@ def read_config(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
                 return AutoConfig.from_pretrained(str(model), local_files_only=True)
             except (OSError, ValueError) as error:
                 raise ConfigError(
-                    f"there is no configuration at {os.fspath(model)!r}, and none of that name in the local cache: give "
-                    "a folder or a config.json; nothing is downloaded"
+                    f"there is no configuration at {os.fspath(model)!r}, and none of that name in the local cache: "
+                    "give a folder or a config.json; nothing is downloaded"
                 ) from error
         try:
             model = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file} is no JSON: {error}. Give the model's config.json") from error
-    values = dict(model)  # type: ignore[arg-type]
+    values = dict(model)
     kind = values.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **values)
@@ -137,7 +137,7 @@ def architecture(config: Any, lora: LoRAConfig, dtype: torch.dtype) -> Architect
         config=config,
         params=sum(p.numel() for p in model.parameters()),
         nbytes=nbytes,
-        matmul_params=sum(m.weight.numel() for m in linears),  # type: ignore[union-attr, operator, misc]
+        matmul_params=sum(m.weight.numel() for m in linears),  # type: ignore[operator, misc]
         layers=int(getattr(text, "num_hidden_layers", 0) or 0),
         hidden=int(getattr(text, "hidden_size", 0) or 0),
         vocab=max((linear_shape(m)[1] for m in linears if id(m) in heads), default=0),
@@ -173,7 +173,7 @@ def build(config: Any, dtype: torch.dtype) -> nn.Module:
     for kind in kinds:
         make = getattr(kind, "_from_config", None) or kind.from_config
         try:
-            return make(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-any-return]
+            return make(copy.deepcopy(config), dtype=dtype)
         except Exception as error:  # whatever a model's own code raises over a wrong configuration
             problem = error
     raise ConfigError(f"transformers cannot build {type(config).__name__}: {problem}")

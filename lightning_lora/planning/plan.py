@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plan`: memory, time and cost of full tuning, LoRA and QLoRA for a model, and which to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.nn.adapter import torch_dtype
+from lightning_lora.planning.activations import Activations, activations
+from lightning_lora.planning.advice import Advice, advise
+from lightning_lora.planning.architecture import architecture, read_config
+from lightning_lora.planning.devices import Device, find_device
+from lightning_lora.planning.estimate import METHODS, MethodPlan, estimate
+from lightning_lora.planning.text import plan_text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. ``print(plan)`` gives the table.
+
+    Args:
+        model: Name of the model's class.
+        params: Its parameters.
+        adapter_params: Those of all A and B.
+        adapted: How many linears get an adapter.
+        batch_size: Sequences in a forward.
+        sequence_length: Tokens in each.
+        gradient_checkpointing: Whether blocks keep their inputs alone.
+        device: Where it is to run.
+        methods: What each needs, by "full", "lora", "qlora".
+        advice: Which to take, and why.
+        notes: What could not be found out.
+    """
+
+    model: str
+    params: int
+    adapter_params: int
+    adapted: int
+    batch_size: int
+    sequence_length: int
+    gradient_checkpointing: bool
+    device: Device | None
+    methods: dict[str, MethodPlan]
+    advice: Advice
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In primitives, as JSON holds it."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("methods", "advice", "device")}
+        return {
+            **plain,
+            "device": None if self.device is None else asdict(self.device),
+            "methods": {name: found.to_dict() for name, found in self.methods.items()},
+            "advice": asdict(self.advice),
+        }
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+
+def plan(
+    model: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    gpu: str | None = None,
+    gradient_checkpointing: bool = False,
+    goal: str = "behaviour",
+    examples: int | None = None,
+    epochs: float = 1.0,
+    price: float | None = None,
+    dtype: str = "bf16",
+    config: LoRAConfig | None = None,
+) -> Plan:
+    """Memory, time and cost of full tuning, LoRA and QLoRA, from a model's configuration alone.
+
+    The real class is built without values; its weights are neither read nor fetched. Activations are those of sequences
+    without padding, attention by `scaled_dot_product_attention` as on a CPU (a GPU's kernels keep as much or less).
+
+    Args:
+        model: A folder with a ``config.json``, such a file, its contents, or transformers' configuration.
+        batch_size: Sequences in a forward; accumulation adds no memory.
+        sequence_length: Tokens in each.
+        gpu: A device's name ("h100", "rtx-4090") or a memory ("24GB"); None for no device.
+        gradient_checkpointing: Whether blocks keep their inputs alone and compute the rest again.
+        goal: "behaviour", "knowledge", "narrow" or "variants".
+        examples: How many examples there are, each of ``sequence_length`` tokens.
+        epochs: How often each is seen.
+        price: Of an hour on the device [US dollars]; a round figure of the table if None.
+        dtype: Of base and activations, "bf16", "fp16" or "fp32".
+        config: Adapters and packing; rank 16 on all linears, nf4, if None.
+
+    Raises:
+        ConfigError: No configuration, an unknown device or goal, or a value out of range.
+        TargetError: The adapters match nothing.
+        MissingDependencyError: transformers is not installed.
+    """
+    _check(batch_size=batch_size, sequence_length=sequence_length, epochs=epochs)
+    _check_more(examples=examples, price=price)
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise ConfigError(f'`dtype` must be "bf16", "fp16" or "fp32", got {dtype!r}')
+    device = None if gpu is None else find_device(gpu)
+    lora = LoRAConfig() if config is None else config
+    own = read_config(model)
+    base: torch.dtype = torch_dtype(dtype)
+    found = architecture(own, lora, base)
+    saved, notes = _activations(own, lora, batch_size, sequence_length, base)
+    tokens = None if examples is None else float(examples) * epochs * sequence_length
+    methods = {
+        method: estimate(
+            method,
+            found,
+            saved["full" if method == "full" else "lora"],
+            batch_size,
+            sequence_length,
+            base,
+            gradient_checkpointing,
+            device,
+            tokens,
+            price,
+        )
+        for method in METHODS
+    }
+    return Plan(
+        model=found.name,
+        params=found.params,
+        adapter_params=found.adapter_params,
+        adapted=len(found.adapted),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+        methods=methods,
+        advice=advise(methods, found.params, goal, examples),
+        notes=notes,
+    )
+
+
+def _activations(
+    config: Any, lora: LoRAConfig, batch: int, length: int, dtype: torch.dtype
+) -> tuple[dict[str, Activations | None], list[str]]:
+    saved: dict[str, Activations | None] = {"full": None, "lora": None}
+    try:
+        for name, own in (("full", None), ("lora", lora)):
+            saved[name] = activations(config, own, batch, length, dtype)
+    except UnsupportedError as error:
+        return {"full": None, "lora": None}, [f"{error}; totals are without activations"]
+    return saved, []
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        whole = name == "epochs" or isinstance(value, int)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or value <= 0:
+            raise ConfigError(f"`{name}` must be a {'' if name == 'epochs' else 'whole '}number above 0, got {value!r}")
+
+
+def _check_more(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise ConfigError(f"`{name}` must be a number of 0 or more, or null: got {value!r}")

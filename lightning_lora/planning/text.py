@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as text: one column a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lightning_lora.planning.advice import NAMES
+from lightning_lora.planning.estimate import RESERVE, UTILIZATION, MethodPlan
+
+if TYPE_CHECKING:
+    from lightning_lora.planning.plan import Plan
+
+Row = tuple[str, Callable[[MethodPlan], str]]
+
+
+def plan_text(plan: Plan) -> str:
+    """The table, the recommendation, and what they rest on.
+
+    Args:
+        plan: What `lightning_lora.plan` found.
+    """
+    lines = [
+        f"{plan.model}: {plan.params:,} parameters; {plan.adapter_params:,} in adapters on {plan.adapted} linears",
+        f"{plan.batch_size} x {plan.sequence_length:,} tokens"
+        + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+        + (f", on {plan.device.name} ({plan.device.memory / 1e9:g} GB)" if plan.device else ""),
+        "",
+    ]
+    columns = list(plan.methods.values())
+    rows = [[name, *(cell(found) for found in columns)] for name, cell in _rows(plan)]
+    header = ["", *(NAMES[found.method] for found in columns)]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines += ["", *_advice(plan), *(f"Note: {note}." for note in plan.notes)]
+    if plan.device:
+        lines.append(
+            f"Assumed: {100 * RESERVE:g} % of the device's memory is not to be had, and training reaches "
+            f"{100 * UTILIZATION:g} % of its matrix rate."
+        )
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> list[Row]:
+    rows: list[Row] = [
+        ("trainable parameters", lambda m: f"{m.trainable_params:,}"),
+        ("weights", lambda m: _size(m.memory.weights)),
+        ("adapters", lambda m: _size(m.memory.adapters)),
+        ("gradients", lambda m: _size(m.memory.gradients)),
+        ("optimizer", lambda m: _size(m.memory.optimizer)),
+        ("activations", lambda m: _size(m.memory.activations) if not plan.notes else "not known"),
+        ("logits and loss", lambda m: _size(m.memory.logits) if not plan.notes else "not known"),
+        ("workspace", lambda m: _size(m.memory.workspace)),
+        ("total", lambda m: _size(m.memory.total)),
+        ("weights on disk", lambda m: _size(m.file_bytes)),
+    ]
+    if plan.device is None:
+        return rows
+    rows += [
+        ("fits", lambda m: "not known" if m.fits is None else "yes" if m.fits else "no"),
+        ("largest batch", lambda m: _count(m.largest_batch)),
+        ("longest sequence", lambda m: _count(m.largest_sequence)),
+        ("tokens a second", lambda m: f"{m.tokens_per_second or 0:,.0f}"),
+    ]
+    if any(m.hours is not None for m in plan.methods.values()):
+        rows += [("hours", lambda m: f"{m.hours or 0:,.1f}"), ("cost [USD]", lambda m: f"{m.cost or 0:,.0f}")]
+    return rows
+
+
+def _advice(plan: Plan) -> list[str]:
+    advice = plan.advice
+    head = "Take nothing of this:" if advice.method is None else f"Take {NAMES[advice.method]}"
+    if advice.method is not None:
+        head += f" with r={advice.r}, lora_alpha={2 * advice.r}:" if advice.r is not None else ":"
+    return [head, *(f"  - {reason}." for reason in advice.reasons), *(f"  ! {text}." for text in advice.warnings)]
+
+
+def _size(nbytes: int) -> str:
+    return "-" if not nbytes else f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
+
+
+def _count(value: int | None) -> str:
+    return "not known" if value is None else f"{value:,}" if value else "none"
