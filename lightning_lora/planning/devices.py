@@ -3,7 +3,7 @@
 
 Memory and dense 16-bit matrix rates are those of the makers' data sheets (rates without structured sparsity, which
 sheets often double). A price is no property of a device and changes by the month; those here are round figures of
-what an hour cost on demand in 2025 and stand for nothing more than an order of magnitude: give `price` where it matters.
+what an hour cost on demand in 2025 and stand for no more than an order of magnitude: give `price` where it matters.
 """
 
 from __future__ import annotations

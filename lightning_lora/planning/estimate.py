@@ -12,7 +12,8 @@ gradients               4 P                            4 p
 optimizer               8 P                            8 p
 activations             counted, see `activations`     counted
 logits                  head's output, loss, and the gradients of both
-workspace               gradients of the widest activation; for QLoRA one dequantized weight
+workspace               gradients of the widest activation
+dequantized             0                              for QLoRA the largest weight
 ======================  =============================  ==========================================
 
 Full tuning is planned as Lightning's ``bf16-mixed`` does it, 16 bytes a parameter; ``bf16-true`` keeps weights,
@@ -56,11 +57,12 @@ class Memory:
     activations: int
     logits: int
     workspace: int
+    dequantized: int
 
     @property
     def fixed(self) -> int:
         """What does not depend on the batch [bytes]."""
-        return self.weights + self.adapters + self.gradients + self.optimizer
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.dequantized
 
     @property
     def total(self) -> int:
@@ -138,8 +140,8 @@ def estimate(
         optimizer=8 * trained,
         activations=0 if saved is None else saved.total(gradient_checkpointing) - saved.logits,
         logits=0 if saved is None else saved.logits + count * model.vocab * (4 + dtype.itemsize),
-        workspace=3 * count * model.widest * dtype.itemsize
-        + (model.largest_weight * dtype.itemsize if method == "qlora" else 0),
+        workspace=3 * count * model.widest * dtype.itemsize,
+        dequantized=model.largest_weight * dtype.itemsize if method == "qlora" else 0,
     )
     flops = _step_flops(method, model, batch_size, sequence_length, gradient_checkpointing)
     usable = None if device is None else device.memory * (1 - RESERVE)

@@ -53,7 +53,7 @@ def _rows(plan: Plan) -> list[Row]:
         ("optimizer", lambda m: _size(m.memory.optimizer)),
         ("activations", lambda m: _size(m.memory.activations) if not plan.notes else "not known"),
         ("logits and loss", lambda m: _size(m.memory.logits) if not plan.notes else "not known"),
-        ("workspace", lambda m: _size(m.memory.workspace)),
+        ("workspace", lambda m: _size(m.memory.workspace + m.memory.dequantized)),
         ("total", lambda m: _size(m.memory.total)),
         ("weights on disk", lambda m: _size(m.file_bytes)),
     ]

@@ -33,7 +33,7 @@ LLAMA_8B = LlamaConfig(
 @pytest.mark.parametrize("quantize", ["nf4", "nf4-dq", "int8"])
 @pytest.mark.parametrize("config", [LLAMA, TIED, GPT2], ids=["llama", "tied", "gpt2"])
 def test_counts_are_exactly_those_of_the_converted_model(config: Any, quantize: str, dtype: torch.dtype) -> None:
-    lora = LoRAConfig(r=7, quantize=quantize, rank_pattern={"q_proj": 3, "c_attn": 5})
+    lora = LoRAConfig(r=7, quantize=quantize, rank_pattern={"c_attn" if config is GPT2 else "q_proj": 3})
     found = architecture(config, lora, dtype)
     report = apply_lora(build(config, dtype), lora)
     assert found.params == report.logical_params
