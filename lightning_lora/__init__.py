@@ -48,7 +48,8 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
-    from lightning_lora.planning.plan import Plan, plan
+    from lightning_lora.planning.plan import plan
+    from lightning_lora.planning.result import Plan
     from lightning_lora.strategies.ddp import AdapterDDPStrategy
     from lightning_lora.strategies.deepspeed import AdapterDeepSpeedStrategy
     from lightning_lora.strategies.fsdp import AdapterFSDPStrategy
@@ -76,7 +77,7 @@ _HOME = {
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
-    "Plan": "planning.plan",
+    "Plan": "planning.result",
     "ReplayMix": "callbacks.replay_mix",
     "ScaleSweep": "callbacks.scale_sweep",
     "active_adapter": "model.residents",

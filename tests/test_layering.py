@@ -95,7 +95,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),
     ),
-    "planning": ("devices", "architecture", "activations", "estimate", "advice", "text", "plan"),
+    "planning": ("devices", "architecture", "activations", "estimate", "advice", "result", "plan"),
     "cli": ("inspect", "merge", "plan", "fit_cli", "fit", "main"),
 }
 

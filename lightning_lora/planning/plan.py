@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,55 +13,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.planning.activations import Activations, activations
-from lightning_lora.planning.advice import Advice, advise
+from lightning_lora.planning.advice import advise
 from lightning_lora.planning.architecture import architecture, read_config
-from lightning_lora.planning.devices import Device, find_device
-from lightning_lora.planning.estimate import METHODS, MethodPlan, estimate
-from lightning_lora.planning.text import plan_text
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` found. ``print(plan)`` gives the table.
-
-    Args:
-        model: Name of the model's class.
-        params: Its parameters.
-        adapter_params: Those of all A and B.
-        adapted: How many linears get an adapter.
-        batch_size: Sequences in a forward.
-        sequence_length: Tokens in each.
-        gradient_checkpointing: Whether blocks keep their inputs alone.
-        device: Where it is to run.
-        methods: What each needs, by "full", "lora", "qlora".
-        advice: Which to take, and why.
-        notes: What could not be found out.
-    """
-
-    model: str
-    params: int
-    adapter_params: int
-    adapted: int
-    batch_size: int
-    sequence_length: int
-    gradient_checkpointing: bool
-    device: Device | None
-    methods: dict[str, MethodPlan]
-    advice: Advice
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """In primitives, as JSON holds it."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("methods", "advice", "device")}
-        return {
-            **plain,
-            "device": None if self.device is None else asdict(self.device),
-            "methods": {name: found.to_dict() for name, found in self.methods.items()},
-            "advice": asdict(self.advice),
-        }
-
-    def __str__(self) -> str:
-        return plan_text(self)
+from lightning_lora.planning.devices import find_device
+from lightning_lora.planning.estimate import METHODS, estimate
+from lightning_lora.planning.result import Plan
 
 
 def plan(

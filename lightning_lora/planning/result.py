@@ -1,26 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as text: one column a method."""
+"""What a plan found, and how it is printed: one column a method, then the advice and what all of it rests on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from lightning_lora.planning.advice import NAMES
+from lightning_lora.planning.advice import NAMES, Advice
+from lightning_lora.planning.devices import Device
 from lightning_lora.planning.estimate import RESERVE, UTILIZATION, MethodPlan
 
-if TYPE_CHECKING:
-    from lightning_lora.planning.plan import Plan
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. ``print(plan)`` gives the table.
+
+    Args:
+        model: Name of the model's class.
+        params: Its parameters.
+        adapter_params: Those of all A and B.
+        adapted: How many linears get an adapter.
+        batch_size: Sequences in a forward.
+        sequence_length: Tokens in each.
+        gradient_checkpointing: Whether blocks keep their inputs alone.
+        device: Where it is to run.
+        methods: What each needs, by "full", "lora", "qlora".
+        advice: Which to take, and why.
+        notes: What could not be found out.
+    """
+
+    model: str
+    params: int
+    adapter_params: int
+    adapted: int
+    batch_size: int
+    sequence_length: int
+    gradient_checkpointing: bool
+    device: Device | None
+    methods: dict[str, MethodPlan]
+    advice: Advice
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In primitives, as JSON holds it."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("methods", "advice", "device")}
+        return {
+            **plain,
+            "device": None if self.device is None else asdict(self.device),
+            "methods": {name: found.to_dict() for name, found in self.methods.items()},
+            "advice": asdict(self.advice),
+        }
+
+    def __str__(self) -> str:
+        return _text(self)
+
 
 Row = tuple[str, Callable[[MethodPlan], str]]
 
 
-def plan_text(plan: Plan) -> str:
-    """The table, the recommendation, and what they rest on.
-
-    Args:
-        plan: What `lightning_lora.plan` found.
-    """
+def _text(plan: Plan) -> str:
+    """The table, the recommendation, and what they rest on."""
     lines = [
         f"{plan.model}: {plan.params:,} parameters; {plan.adapter_params:,} in adapters on {plan.adapted} linears",
         f"{plan.batch_size} x {plan.sequence_length:,} tokens"
