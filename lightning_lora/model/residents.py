@@ -303,9 +303,10 @@ def _put_in_use(
                 module.hold(former, in_place=False)
         raise
     torch.autograd.graph.increment_version(changed)  # a graph that saved the former values must not use these
-    stale = [parameter for parameter in changed if parameter.grad is not None]
-    for parameter in stale:
-        parameter.grad = None
+    stale = False
+    for parameter in changed:
+        if parameter.grad is not None:
+            parameter.grad, stale = None, True
     if stale:
         warnings.warn(
             f"adapter {record.name!r} went out of use and its gradients were dropped; an optimizer that trained it "

@@ -178,13 +178,17 @@ class LoRALinear(AdapterModule):
         A, B = self._factors()
         changed += (A, B)
         words = (self._strength, self.r, self.lora_alpha, self.use_rslora, self.lora_dropout)
-        former_A, former_B = A.data, B.data
-        self._take(held, in_place=True)
         # What came in is nobody's now: its dictionary takes what went out. Hundreds of new containers at every swap
         # set off Python's garbage collector, which takes several times longer than the swap itself.
         tensors: Any = held.tensors
+        former_A, former_B = A.data, B.data
+        if held[1:] == words:  # of the same rank and scale: the storages alone change places
+            A.data, B.data = tensors["adapter.lora_A"], tensors["adapter.lora_B"]
+            tensors["adapter.lora_A"], tensors["adapter.lora_B"] = former_A, former_B
+            return held
+        self._take(held, in_place=True)
         tensors["adapter.lora_A"], tensors["adapter.lora_B"] = former_A, former_B
-        return held if held[1:] == words else Held(tensors, *words)
+        return Held(tensors, *words)
 
     def _take(self, held: Held, in_place: bool) -> None:
         """`hold` from one adapter to another: a swap of a large model comes through here hundreds of times."""
@@ -212,7 +216,8 @@ class LoRALinear(AdapterModule):
 
     def is_plain(self) -> bool:
         """See `AdapterModule.is_plain`."""
-        return type(self._factors()[0]) is nn.Parameter
+        parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
+        return type(parameters.get("lora_A")) is nn.Parameter
 
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B, without the search for an attribute of a module."""
