@@ -153,6 +153,8 @@ class AdapterRecord:
         use: Which values the adapters have: a number that no other swap or load had. `use_adapter` puts it back.
         uses: How many such numbers were given.
         verified: Adapter files that were found whole, so that a swap does not check them again.
+        found: The id of the model in which all adapter modules were found last, and weak references to them; a walk
+            through a large model takes as long as a swap.
     """
 
     config: LoRAConfig
@@ -166,6 +168,11 @@ class AdapterRecord:
     use: int = 0
     uses: int = 0
     verified: set[tuple[int, ...]] = field(default_factory=set)
+    found: tuple[int, list[Any]] | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of another model: what was found is not taken along."""
+        return {**vars(self), "found": None}
 
     def new_slot(self) -> int:
         """A number for one more adapter module."""

@@ -163,19 +163,26 @@ def adapter_slots(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
 
 def adapter_slots_unnamed(model: nn.Module) -> list[AdapterModule]:
     """The modules of `adapter_slots` without their names, which take longer to make than all the rest of a swap."""
-    found: list[AdapterModule] = []
+    return list(_slots(model))
+
+
+def first_slot(model: nn.Module) -> AdapterModule | None:
+    """Any one of them; None where there is none."""
+    return next(_slots(model), None)
+
+
+def _slots(model: nn.Module) -> Iterator[AdapterModule]:
     seen: set[nn.Module] = {model}
     waiting: list[nn.Module] = [model]
     while waiting:
         module = waiting.pop()
         if isinstance(module, AdapterModule):
-            found.append(module)
+            yield module
             continue
         for child in module._modules.values():
             if child is not None and child._modules and child not in seen:
                 seen.add(child)
                 waiting.append(child)
-    return found
 
 
 def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: list[tuple[str, AdapterModule]]) -> None:
@@ -191,7 +198,8 @@ def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: li
 
 def adapter_record(model: nn.Module) -> AdapterRecord | None:
     """What `apply_lora` recorded, or None for a model without adapters."""
-    return next((module.record for module in adapter_slots_unnamed(model)), None)
+    slot = first_slot(model)
+    return None if slot is None else slot.record
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, LoRAConfig, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_slots, adapter_slots_unnamed, put_layers
+from lightning_lora.model.apply import adapter_modules, adapter_slots, adapter_slots_unnamed, first_slot, put_layers
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -211,12 +212,18 @@ def slots_of(model: nn.Module) -> tuple[AdapterRecord, list[AdapterModule]]:
         ConfigError: There are none, or they come from conversions of several parts, or ``model`` is a part of what
             was converted.
     """
+    first = first_slot(model)
+    if first is not None and first.record.found is not None and first.record.found[0] == id(model):
+        known = [module for reference in first.record.found[1] if (module := reference()) is not None]
+        if len(known) == first.record.slots:
+            return first.record, known
     slots = adapter_slots_unnamed(model)
     record = _record_of(slots)
     if len(slots) < record.slots:
         raise ConfigError(
             f"this module holds {len(slots)} of {record.slots} adapter modules: give the whole model that was converted"
         )
+    record.found = (id(model), [weakref.ref(module) for module in slots])
     return record, slots
 
 
@@ -270,7 +277,11 @@ def refuse_in_fit(record: AdapterRecord) -> None:
 def _exchange(record: AdapterRecord, slots: list[AdapterModule], name: str, in_place: bool) -> None:
     incoming = record.waiting[name]
     # All that can fail comes first: where the model has moved, tensors follow.
-    outgoing = _put_in_use(record, slots, [_fitted(m, incoming, record) for m in slots], in_place)
+    if in_place and incoming.moves == record.moves:  # as it is: `exchange` refuses what has been sharded since
+        parts = [incoming.parts.get(module.slot) for module in slots]
+    else:
+        parts = [_fitted(module, incoming, record) for module in slots]
+    outgoing = _put_in_use(record, slots, parts, in_place)
     del record.waiting[name]
     record.waiting[record.name] = Waiting(record.config, outgoing, record.moves)
     record.name, record.config = name, incoming.config

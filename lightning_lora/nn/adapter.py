@@ -103,6 +103,8 @@ class AdapterModule(nn.Module):
 
     def exchange(self, held: Held | None, changed: list[Tensor]) -> Held | None:
         """`hold` in place, and what was here; parameters whose values are others now are added to ``changed``."""
+        if held is not None and not self.is_plain():
+            held = self.fitted(held)
         former = self.held()
         former = None if former is None else former.detached()
         self.hold(held)

@@ -176,6 +176,8 @@ class LoRALinear(AdapterModule):
         if held is None or self.vacant:
             return super().exchange(held, changed)
         A, B = self._factors()
+        if type(A) is not nn.Parameter:
+            held = self.fitted(held)
         changed += (A, B)
         words = (self._strength, self.r, self.lora_alpha, self.use_rslora, self.lora_dropout)
         # What came in is nobody's now: its dictionary takes what went out. Hundreds of new containers at every swap

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import list_adapters, load_adapter, mixed_batch, save_adapter, set_adapter, use_adapter
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.io import folder as folder_module
 from lightning_lora.io.folder import AdapterFolder
 from lightning_lora.nn.linear import LoRALinear
@@ -62,6 +64,23 @@ def test_a_swap_that_is_cut_leaves_the_adapter_that_was_in_use(
     for other in (name, "wide", "plain"):
         set_adapter(model, other)
         assert torch.equal(logits(model), wanted[other]), other
+
+
+def test_a_copy_a_part_and_a_model_that_grew_are_not_taken_for_the_model(many: Many, tmp_path: Path) -> None:
+    """Where the adapter modules are is remembered from swap to swap."""
+    model, wanted = many
+    set_adapter(model, "twin")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_adapter(other, "wide")
+        assert torch.equal(logits(other), wanted["wide"])
+        assert torch.equal(logits(model), wanted["twin"])
+    with pytest.raises(ConfigError, match="give the whole model that was converted"):
+        set_adapter(model.model, "plain")
+    expected = adapter_folder(tmp_path / "more", tiny_llama, 9, r=2, target_modules=["lm_head", "gate_proj"])
+    load_adapter(model, tmp_path / "more", name="more")
+    for name, found in (("more", expected), ("plain", wanted["plain"]), ("more", expected)):
+        set_adapter(model, name)
+        torch.testing.assert_close(logits(model), found)
 
 
 def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
