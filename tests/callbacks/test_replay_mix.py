@@ -72,7 +72,11 @@ class Slots:
         return iter([torch.zeros(4, 16)])
 
 
-@pytest.mark.parametrize("data", [loader(24), Data(), DataLoader(Tokens(24), batch_size=4, num_workers=2)], ids=str)
+@pytest.mark.parametrize(
+    "data",
+    [loader(24), Data(), DataLoader(Tokens(24), batch_size=4, num_workers=2)],
+    ids=["loader", "datamodule", "workers"],
+)
 def test_a_share_of_batches_is_general_in_any_loader(tmp_path: Path, data: Any) -> None:
     """Each of the six own batches comes once; every fourth batch is general."""
     module = fit(tmp_path, data)
