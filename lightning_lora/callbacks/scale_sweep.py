@@ -156,7 +156,7 @@ class ScaleSweep(Callback):
                     f"ScaleSweep: validation logs no `{self.monitor}`; it logs {logged}. Name one of them in `monitor`."
                 )
             pooled, tasks = bank.compare(self.items)
-        return ScalePoint(scale, _over_ranks(metrics[self.monitor]), pooled, tasks, holds(pooled, tolerance))
+        return ScalePoint(scale, _over_ranks(metrics[self.monitor]), pooled, tasks, holds(pooled, tasks, tolerance))
 
     def _bank(self, trainer: Trainer) -> ForgettingMonitor:
         """Whose tasks are asked: the own ones, or those of the Trainer's monitor."""

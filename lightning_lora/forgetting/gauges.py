@@ -82,11 +82,12 @@ class Gauges:
             step: optimizer steps taken.
         """
         found = self._on_batch(scorer)
-        if self._encoded is None:
-            self._encoded = [t for t in (_encoded(scorer, text) for text in self.texts) if len(t.ids) > 1]
-        if self._encoded:
-            found |= on_text(scorer, self._encoded)
-            found |= self._degeneration(scorer)
+        with scorer.as_one("measure the gauges on general text"):
+            if self._encoded is None:
+                self._encoded = [t for t in (_encoded(scorer, text) for text in self.texts) if len(t.ids) > 1]
+            if self._encoded:
+                found |= on_text(scorer, self._encoded)
+                found |= self._degeneration(scorer)
         return found
 
     def _on_batch(self, scorer: Scorer) -> dict[str, float]:
@@ -105,7 +106,9 @@ class Gauges:
             self._said = True
             return {}
         ids, mask = _fitting(found, min(scorer.max_length, TOKENS))
-        total, positions = (sum(part) for part in zip(*gather(divergence_on(scorer, ids, mask)), strict=True))
+        with scorer.as_one("measure the KL to the base"):
+            own = divergence_on(scorer, ids, mask)
+        total, positions = (sum(part) for part in zip(*gather(own), strict=True))
         return {"forgetting/kl": total / max(positions, 1)}
 
     def _degeneration(self, scorer: Scorer) -> dict[str, float]:

@@ -59,8 +59,10 @@ def at_scale(model: nn.Module, lam: float, shape: str = "uniform") -> Iterator[N
             module.strength = strength
 
 
-def drop_at(scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]], lam: float = 1.0) -> TaskReport:
-    """The model with its adapters multiplied by ``lam`` against its base, over all these documents together.
+def drop_at(
+    scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]], lam: float = 1.0
+) -> tuple[TaskReport, dict[str, TaskReport]]:
+    """`compare_tasks` of the model with its adapters multiplied by ``lam``.
 
     Every rank takes part.
 
@@ -74,7 +76,7 @@ def drop_at(scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[i
         ConfigError: if no document has a right choice.
     """
     with at_scale(scorer.module, lam):
-        return compare_tasks(scorer, pairs, picked)[0]
+        return compare_tasks(scorer, pairs, picked)
 
 
 def compare_tasks(

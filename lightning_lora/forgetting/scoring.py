@@ -325,14 +325,18 @@ class Scorer:
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """What every rank makes of ``work``, or on all of them the error of one."""
-        with self._as_one("compute log-likelihoods", TaskError):
+        with self.as_one("compute log-likelihoods"):
             own = work()
         return gather(own)
 
-    @property
-    def _as_one(self) -> Callable[[str, type[Exception]], contextlib.AbstractContextManager[None]]:
+    def as_one(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A block of a rank's own work with the model; what fails on one rank ends it on all of them with that error.
+
+        Args:
+            what: What the block does, for the text of the error. It sends nothing to other ranks by itself.
+        """
         # Where a forward waits for all ranks, one that failed has nobody to tell before they have given up on it.
-        return in_step if needs_every_rank(self.module) else together
+        return (in_step if needs_every_rank(self.module) else together)(what, TaskError)
 
     def _share(self) -> tuple[int, int]:
         """Which batches are this rank's: number r, r + W, ... Where tensors are cut, all ranks take every batch."""

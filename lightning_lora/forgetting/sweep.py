@@ -25,7 +25,7 @@ class ScalePoint:
         target: the target metric.
         pooled: all items of all tasks together, against the base.
         tasks: each task against the base.
-        holds: whether neither accuracy has dropped by more than the tolerance, of all items together.
+        holds: whether the model holds, see `remedies`.
     """
 
     scale: float

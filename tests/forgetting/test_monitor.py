@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting.monitor import Monitor, drop_p
-from lightning_lora.forgetting.report import Report, compare
+from lightning_lora.forgetting.remedies import holds
+from lightning_lora.forgetting.report import Report, TaskReport, compare
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import adapter_modules
@@ -257,3 +258,23 @@ def test_broken_model_alarms(loaded: dict[str, LoadedTask], scored: Callable[...
 def test_values_out_of_range_are_refused(loaded: dict[str, LoadedTask], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Monitor(loaded, **kwargs)
+
+
+def found(delta: float, soft: float | None = None, error: float = 0.01, n: int = 400) -> TaskReport:
+    soft = delta if soft is None else soft
+    return TaskReport(0.5 + delta, 0.5, delta, error, 0, 0, soft, error, n, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pooled", "tasks", "expected"),
+    [
+        (found(-0.004), {"a": found(0.01), "b": found(-0.018)}, True),  # one task by chance
+        (found(0.02), {"a": found(-0.25), "b": found(0.3)}, False),  # one has collapsed, the other hides it
+        (found(0.0), {"a": found(0.0, soft=-0.1), "b": found(0.0)}, False),
+        (found(-0.006), {"a": found(-0.006)}, False),
+        (found(-0.004), {"a": found(-0.004, error=0.0, n=400)}, True),
+        (found(-0.001), {"a": found(-0.2, error=0.0, n=4), "b": found(0.0)}, True),  # four items say little
+    ],
+)
+def test_a_model_holds_together_and_in_every_task(pooled: TaskReport, tasks: dict, expected: bool) -> None:
+    assert holds(pooled, tasks, 0.005) is expected
