@@ -88,7 +88,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "callbacks": (
         *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
-        *("ending", "forgetting_monitor", "merge_on_fit_end"),
+        *("merge_on_fit_end", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
         *("aside", "scale_sweep"),
     ),

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends: when by plan, what holds it from stopping, and files that must say what was left at the end."""
+"""How a run ends: when by plan, what holds it from stopping, what would undo its end, and files that must say it."""
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
+from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.forgetting.schedule import RunLength
 
 
@@ -43,6 +47,38 @@ def when_it_stops(trainer: Trainer) -> str:
     """The same as a sentence's beginning."""
     held = held_until(trainer)
     return f"Training stops only when the trainer has done {held}" if held else "Training stops after this step"
+
+
+def check_remedy(on_forgetting: str, trainer: Trainer) -> None:
+    """See that nothing undoes at the end of the run what an alarm does to the adapters, or passes it by in silence.
+
+    Args:
+        on_forgetting: What an alarm does.
+        trainer: As ``fit`` starts.
+
+    Raises:
+        UnsupportedError: The strategy cannot roll back, or a callback puts other weights in place when training ends.
+    """
+    if on_forgetting not in ("rollback", "scale"):
+        return
+    strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
+    if on_forgetting == "rollback" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise UnsupportedError(
+            f'`on_forgetting="rollback"` is not built under {type(strategy).__name__}, which keeps its own copies '
+            f'of the adapters. Use "scale" or "stop", or the strategy "ddp" or "model_parallel" (FSDP 2).'
+        )
+    if any(isinstance(other, WeightAveraging) for other in callbacks):
+        raise UnsupportedError(
+            "`WeightAveraging` puts its average in place when training ends, and would undo what "
+            f'`on_forgetting={on_forgetting!r}` leaves: take it out, or use "warn" or "stop"'
+        )
+    if trainer.is_global_zero and any(isinstance(c, MergeOnFitEnd) and c.weights == "best" for c in callbacks):
+        warnings.warn(
+            f'`MergeOnFitEnd(weights="best")` merges a checkpoint as it was when it was measured; what '
+            f'`on_forgetting={on_forgetting!r}` leaves is that of the end, merged with weights="last"',
+            Notice,
+            stacklevel=2,
+        )
 
 
 def renew_checkpoints(trainer: Trainer) -> None:

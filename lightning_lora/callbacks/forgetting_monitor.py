@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.callbacks.ending import held_until, renew_checkpoints, run_length, when_it_stops
-from lightning_lora.errors import ConfigError, Notice, TaskError, UnsupportedError
+from lightning_lora.callbacks.ending import check_remedy, held_until, renew_checkpoints, run_length, when_it_stops
+from lightning_lora.errors import ConfigError, Notice, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
     as_steps,
@@ -253,12 +252,7 @@ class ForgettingMonitor(Callback):
                 f"none. Add the LoRA callback, or call apply_lora in configure_model."
             )
         name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
-        strategy = trainer.strategy
-        if self.on_forgetting == "rollback" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise UnsupportedError(
-                f'`on_forgetting="rollback"` is not built under {type(strategy).__name__}, which keeps its own copies '
-                f'of the adapters. Use "scale" or "stop", or the strategy "ddp" or "model_parallel" (FSDP 2).'
-            )
+        check_remedy(self.on_forgetting, trainer)
         if self._loaded is None:
             every = [*self.tasks, *self.target_tasks]
             rank_zero_info(f"ForgettingMonitor loads {len(every)} task(s): {', '.join(map(task_label, every))}")
@@ -369,7 +363,8 @@ class ForgettingMonitor(Callback):
                 self._verdict(trainer)  # of what is left
         if response.outcome is not None and response.changes_adapters:
             renew_checkpoints(trainer)
-        self._output.finish(self.history, trainer.loggers)
+        with together("write what the looks found", WriteError):
+            self._output.finish(self.history, trainer.loggers)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
@@ -219,3 +219,15 @@ def test_rollback_is_refused_by_name_where_a_strategy_keeps_copies_of_the_adapte
     monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting="rollback")
     with pytest.raises(UnsupportedError, match='`on_forgetting="rollback"` is not built under Own.*Use "scale"'):
         monitor.on_fit_start(trainer, student)
+
+
+@pytest.mark.parametrize("action", ["rollback", "scale"])
+def test_what_would_undo_a_remedy_is_refused_or_said(known: str, action: Any, tmp_path: Path) -> None:
+    student = tiny.Student(tiny.adapted())
+    monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting=action)
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    with pytest.raises(UnsupportedError, match=f"`WeightAveraging` puts its average.*`on_forgetting='{action}'`"):
+        monitor.on_fit_start(L.Trainer(callbacks=[WeightAveraging()], **quiet), student)
+    merge = MergeOnFitEnd(str(tmp_path / "merged"), weights="best")
+    with pytest.warns(Notice, match=r"what `on_forgetting=.* leaves is that of the end, merged with weights=\"last\""):
+        monitor.on_fit_start(L.Trainer(callbacks=[merge], **quiet), student)
