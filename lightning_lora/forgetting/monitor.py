@@ -26,10 +26,9 @@ from lightning_lora.forgetting.bank import ItemBank
 from lightning_lora.forgetting.gauges import on_items
 from lightning_lora.forgetting.paired import PairedScores, Scores
 from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled
-from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.scoring import Scorer, untrained
 from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import rank_and_world
 
 #: Takes a report and the scores behind it, of the model and of the base, by task and target task, item by item in one
@@ -291,7 +290,7 @@ def _soft_drops(model: Scores, base: Scores, name: str) -> list[float]:
 
 def _check_identity(module: nn.Module, model: Scores, base: Scores) -> None:
     """While nothing has been trained, adapters on and off must be one model, bit for bit."""
-    if not all(adapter.untrained() for _, adapter in adapter_modules(module)):
+    if not untrained(module):
         return
     pairs = [(m, b) for name in model for m, b in zip(model[name], base[name], strict=True)]
     differing = [(m, b) for m, b in pairs if m.loglikelihoods != b.loglikelihoods]

@@ -24,9 +24,8 @@ from typing import Any
 from lightning_lora.forgetting.paired import PairedScores
 from lightning_lora.forgetting.report import TaskReport
 from lightning_lora.forgetting.scales import drop_at, largest_that_holds, multiply_scale
-from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.scoring import Scorer, untrained
 from lightning_lora.forgetting.snapshots import Snapshots
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.ranks import from_rank_zero
 
 _Z95 = NormalDist().inv_cdf(0.95)
@@ -76,8 +75,7 @@ def roll_back(
     items = sum(map(len, picked.values()))
     for step in reversed(snapshots.steps):
         snapshots.put_back(model, step)
-        untrained = from_rank_zero(all(module.untrained() for _, module in adapter_modules(model)))
-        if untrained or holds(*drop_at(scorer, pairs, picked), tolerance):
+        if untrained(model) or holds(*drop_at(scorer, pairs, picked), tolerance):
             return {"rolled_back_to": step, "holds": True, "items": items}
     return {"rolled_back_to": step, "holds": False, "items": items}
 

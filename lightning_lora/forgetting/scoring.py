@@ -190,7 +190,7 @@ class Scorer:
 
         While no adapter has been trained they never do: then base and model are compared to be one, bit for bit.
         """
-        fresh = all(adapter.untrained() for _, adapter in adapter_modules(self.module))
+        fresh = untrained(self.module)
         self._in_base, self._recalls = True, not fresh
         try:
             with disable_adapters(self.module):
@@ -383,6 +383,17 @@ class Scorer:
                 f"`tokenizer` gave the token {largest}, but the model's embedding has {known} rows. Give the tokenizer "
                 f"that the model was trained with."
             )
+
+
+def untrained(model: nn.Module) -> bool:
+    """Whether the adapters are as they began, on every rank: of a sharded one each rank sees its own piece.
+
+    Every rank takes part.
+
+    Args:
+        model: a model with adapters.
+    """
+    return all(gather(all(adapter.untrained() for _, adapter in adapter_modules(model))))
 
 
 def _item_scores(task: LoadedTask, samples: Sequence[Mapping[str, Any]]) -> list[ItemScore]:
