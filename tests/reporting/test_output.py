@@ -171,6 +171,7 @@ assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyp
 
 
 def test_backend_stays_the_users_and_no_figure_is_kept(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PYPLOT, str(tmp_path)], capture_output=True, text=True)
+    root = Path(__file__).parents[2]  # from where `tests` can be imported
+    done = subprocess.run([sys.executable, "-c", PYPLOT, str(tmp_path)], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "forgetting.png").exists()
