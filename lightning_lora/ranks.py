@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from lightning_lora.errors import Notice
 
 T = TypeVar("T")
 
@@ -35,6 +38,12 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)
     return values
+
+
+def notice(text: str) -> None:
+    """A warning, from one rank: all of them come to it."""
+    if rank_and_world()[0] == 0:
+        warnings.warn(text, Notice, stacklevel=3)
 
 
 def from_rank_zero(value: T) -> T:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.callbacks.ending import check_remedy, held_until, renew_checkpoints, run_length, when_it_stops
-from lightning_lora.errors import ConfigError, Notice, TaskError, WriteError
+from lightning_lora.errors import ConfigError, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
     as_steps,
@@ -39,7 +38,7 @@ from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.sizes import Sizes
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import is_adapted
-from lightning_lora.ranks import together
+from lightning_lora.ranks import notice, together
 from lightning_lora.reporting.output import ForgettingOutput
 
 #: Of this callback's state; a checkpoint's of another format is not read.
@@ -298,7 +297,7 @@ class ForgettingMonitor(Callback):
         late = self.schedule.check(self._length.steps)
         if late:
             end = self._length.steps
-            _say(trainer, f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.")
+            notice(f"ForgettingMonitor will not look at steps {late} of `at_steps`: the run ends at step {end}.")
         parts.response.begin(pl_module, step)
         if self.look_at_start and not parts.monitor.history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
@@ -397,7 +396,7 @@ class ForgettingMonitor(Callback):
         if budget is not None:
             budget.begin(step)
         if state is not None and state.get("format") != _FORMAT:
-            _say(trainer, "Forgetting: the checkpoint's looks are of another version of this package: left out.")
+            notice("Forgetting: the checkpoint's looks are of another version of this package: left out.")
             return
         history = [] if state is None else state["monitor"]["history"]
         if state is None or not history or history[-1]["step"] > step:
@@ -412,8 +411,7 @@ class ForgettingMonitor(Callback):
         if held_until(trainer):
             trainer.should_stop = True  # the wish is not in the checkpoint
             return
-        _say(
-            trainer,
+        notice(
             f"Forgetting: this run was ended at step {response.outcome['step']} by `on_forgetting`. "
             f"{outcome_text(response.outcome)} It goes on from these adapters, with the optimizer as it was at the "
             f"end, and the evidence for an alarm begins anew.",
@@ -448,7 +446,7 @@ class ForgettingMonitor(Callback):
         items, observe = parts.sizes.verdict()
         if items == 0:
             share = self.max_time_fraction
-            _say(trainer, f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")
+            notice(f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")
             return
         passes = 0 if parts.sizes.budget is None else parts.sizes.verdict_passes(items)
         with parts.sizes.spending(step, passes), together("look at forgetting", TaskError):
@@ -468,7 +466,7 @@ class ForgettingMonitor(Callback):
             text += f" {when_it_stops(trainer)}, as `on_forgetting` says."
             trainer.should_stop = True
         if text:
-            _say(trainer, text)
+            notice(text)
         return parts.monitor.history[-1]
 
     def _fit(self) -> _Parts:
@@ -481,8 +479,3 @@ class ForgettingMonitor(Callback):
         if scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         return scorer
-
-
-def _say(trainer: Trainer, text: str) -> None:
-    if trainer.is_global_zero:
-        warnings.warn(text, Notice, stacklevel=2)

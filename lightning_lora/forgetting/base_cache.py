@@ -18,15 +18,14 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import CheckpointError, Notice, WriteError
+from lightning_lora.errors import CheckpointError, WriteError
 from lightning_lora.forgetting.asking import Answer
 from lightning_lora.io.atomic import atomic_write
-from lightning_lora.ranks import rank_and_world
+from lightning_lora.ranks import notice, rank_and_world
 
 VERSION = 1
 
@@ -96,7 +95,7 @@ class BaseCache:
         Args:
             difference: by how much [nats].
         """
-        _notice(
+        notice(
             f"{self.path} does not fit this base: answers asked again differ by {difference:.3g} nats. The file is "
             f"not used, and is written anew."
         )
@@ -115,7 +114,7 @@ class BaseCache:
             with atomic_write(self.path) as part:
                 part.write_text(f"{json.dumps(head)}\n{answers}\n", encoding="utf-8")
         except (WriteError, CheckpointError, OSError) as error:
-            _notice(f"The base's answers were not kept for later runs: {error}")
+            notice(f"The base's answers were not kept for later runs: {error}")
 
     def _read(self) -> dict[str, Answer]:
         try:
@@ -129,13 +128,8 @@ class BaseCache:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _notice(
+            notice(
                 f"{self.path} is damaged and not used ({type(error).__name__}: {error}); the base is asked again, and "
                 f"the file is written anew."
             )
             return {}
-
-
-def _notice(text: str) -> None:
-    if rank_and_world()[0] == 0:
-        warnings.warn(text, Notice, stacklevel=3)

@@ -13,7 +13,6 @@ judge, and these say how far and in which way the model went.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, Notice
+from lightning_lora.errors import ConfigError
 from lightning_lora.forgetting.degeneration import continuations, distinct_ngrams, endless, repeated_ngrams
 from lightning_lora.forgetting.divergence import PIECE, kl_sum
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
 from lightning_lora.model.apply import disable_adapters
-from lightning_lora.ranks import gather, rank_and_world
+from lightning_lora.ranks import gather, notice
 
 #: Tokens of the training batch, and of general text at a time, whose logits are in memory twice.
 TOKENS = 1024
@@ -96,12 +95,10 @@ class Gauges:
         found = tokens_of(self.batch)
         everywhere = all(gather(found is not None))
         if found is None or not everywhere:
-            if not self._said and rank_and_world()[0] == 0:
-                warnings.warn(
+            if not self._said:
+                notice(
                     f"Forgetting: no token ids (batch, tokens) in a training batch of {type(self.batch).__name__}, so "
-                    f"`forgetting/kl` is not measured; it is where the batch is a tensor of ids or holds `input_ids`.",
-                    Notice,
-                    stacklevel=2,
+                    f"`forgetting/kl` is not measured; it is where the batch is a tensor of ids or holds `input_ids`."
                 )
             self._said = True
             return {}

@@ -12,14 +12,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Protocol
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, Notice
+from lightning_lora.errors import ConfigError
 from lightning_lora.forgetting import statistics
 from lightning_lora.forgetting.arguments import check_levels
 from lightning_lora.forgetting.bank import ItemBank
@@ -29,7 +28,7 @@ from lightning_lora.forgetting.report import Report, TaskReport, compare, compar
 from lightning_lora.forgetting.scoring import Scorer, untrained
 from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
-from lightning_lora.ranks import rank_and_world
+from lightning_lora.ranks import notice
 
 #: Takes a report and the scores behind it, of the model and of the base, by task and target task, item by item in one
 #: order.
@@ -270,12 +269,6 @@ def drop_p(found: TaskReport, tolerance: float) -> float:
         tolerance: :math:`\tau` [share of items].
     """
     return NormalDist().cdf((found.delta + tolerance) / max(found.delta_se, 1.0 / found.n_items))
-
-
-def notice(text: str) -> None:
-    """A warning, from one rank: all of them come to it."""
-    if rank_and_world()[0] == 0:
-        warnings.warn(text, Notice, stacklevel=3)
 
 
 def _sizes(tasks: Mapping[str, LoadedTask]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from lightning_lora.forgetting.paired import PairedScores
 from lightning_lora.forgetting.report import TaskReport
-from lightning_lora.forgetting.scales import drop_at, largest_that_holds, multiply_scale
+from lightning_lora.forgetting.scales import at_scale, compare_tasks, largest_that_holds, multiply_scale
 from lightning_lora.forgetting.scoring import Scorer, untrained
 from lightning_lora.forgetting.snapshots import Snapshots
 from lightning_lora.ranks import from_rank_zero
@@ -75,7 +75,7 @@ def roll_back(
     items = sum(map(len, picked.values()))
     for step in reversed(snapshots.steps):
         snapshots.put_back(model, step)
-        if untrained(model) or holds(*drop_at(scorer, pairs, picked), tolerance):
+        if untrained(model) or holds(*compare_tasks(scorer, pairs, picked), tolerance):
             return {"rolled_back_to": step, "holds": True, "items": items}
     return {"rolled_back_to": step, "holds": False, "items": items}
 
@@ -96,7 +96,12 @@ def scale_down(
     Returns:
         ``scale``, by which the adapters were multiplied, ``holds``, and ``items``, on how many it was seen.
     """
-    found = largest_that_holds(lambda lam: holds(*drop_at(scorer, pairs, picked, lam), tolerance), PARTS)
+
+    def at(lam: float) -> bool:
+        with at_scale(scorer.module, lam):
+            return holds(*compare_tasks(scorer, pairs, picked), tolerance)
+
+    found = largest_that_holds(at, PARTS)
     scale = found or 1 / PARTS
     multiply_scale(scorer.module, scale)
     return {"scale": scale, "holds": found is not None, "items": sum(map(len, picked.values()))}

@@ -59,26 +59,6 @@ def at_scale(model: nn.Module, lam: float, shape: str = "uniform") -> Iterator[N
             module.strength = strength
 
 
-def drop_at(
-    scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]], lam: float = 1.0
-) -> tuple[TaskReport, dict[str, TaskReport]]:
-    """`compare_tasks` of the model with its adapters multiplied by ``lam``.
-
-    Every rank takes part.
-
-    Args:
-        scorer: the model.
-        pairs: the tasks, and what is known of the base.
-        picked: documents by task, ascending.
-        lam: what the adapters are multiplied by.
-
-    Raises:
-        ConfigError: if no document has a right choice.
-    """
-    with at_scale(scorer.module, lam):
-        return compare_tasks(scorer, pairs, picked)
-
-
 def compare_tasks(
     scorer: Scorer, pairs: PairedScores, picked: Mapping[str, Sequence[int]]
 ) -> tuple[TaskReport, dict[str, TaskReport]]:
