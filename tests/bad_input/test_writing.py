@@ -139,14 +139,17 @@ def test_row(row: Row, tmp_path: Path) -> None:
 
 
 class FullAfter(L.Callback):
-    """The disk is full from some step on; `wait` is how long a writer of its own has for each step."""
+    """The disk is full from some step on, and not before a checkpoint stands in `folder`, if one is named."""
 
-    def __init__(self, step: int, wait: float = 0.0, room: int = ROOM) -> None:
-        self.step, self.wait, self.room = step, wait, room
+    def __init__(self, step: int, folder: Path | None = None, room: int = ROOM) -> None:
+        self.step, self.folder, self.room = step, folder, room
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        time.sleep(self.wait)
         if trainer.global_step == self.step:
+            deadline = time.monotonic() + 60
+            while self.folder is not None and not any(self.folder.glob("*.ckpt")):
+                assert time.monotonic() < deadline, "no checkpoint was written"
+                time.sleep(0.01)  # a writer of its own may be behind the run by any number of steps
             full_disk(self.room)()
 
 
@@ -181,11 +184,11 @@ RUNS = [
     Row("run-disk-full", "WriteError", f"{FULL}. {WAS} ... Make room there",
         lambda d: run(d, FullAfter(2), every_step(d))),
     Row("run-disk-full-async", "WriteError", f"{FULL}. {WAS} ... Make room there",
-        lambda d: run(d, FullAfter(2), every_step(d), plugins=[AsyncCheckpointIO()])),
+        lambda d: run(d, FullAfter(2, d), every_step(d), plugins=[AsyncCheckpointIO()])),
     Row("run-disk-full-adapters", "WriteError", f"{FULL}. {WAS} ... Make room there",
         lambda d: run(d, FullAfter(2), adapters_every_step(d))),
     Row("run-disk-full-adapters-async", "WriteError", f"{FULL}. {WAS} ... Make room there",
-        lambda d: run(d, FullAfter(2, 0.2, FOR_FOLDERS), slow_folders(d), enable_checkpointing=True,
+        lambda d: run(d, FullAfter(2, d, FOR_FOLDERS), slow_folders(d), enable_checkpointing=True,
                       plugins=[AsyncCheckpointIO()])),
 ]  # fmt: skip
 
