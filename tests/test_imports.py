@@ -33,7 +33,7 @@ print(",".join(sorted(every & set({never!r}) | new & set({not_by_us!r}))))
 def brought_by(statement: str) -> set[str]:
     """The forbidden libraries that a fresh interpreter has loaded after ``statement``."""
     code = PROBE.format(statement=statement, never=NEVER, not_by_us=NOT_BY_US)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert result.returncode == 0, result.stderr
     return set(filter(None, result.stdout.strip().splitlines()[-1].split(","))) if result.stdout.strip() else set()
 

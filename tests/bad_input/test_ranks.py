@@ -26,7 +26,7 @@ from tests.helpers import LM, TinyNet, loader, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LIMIT = 60  # s, by which every process has ended
+LIMIT = 240  # s, by which every process has ended
 
 
 def start(work: Callable[[], object], out: Path, env: dict[str, str] | None = None) -> int:

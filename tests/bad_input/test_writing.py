@@ -146,7 +146,7 @@ class FullAfter(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while self.folder is not None and not any(self.folder.glob("*.ckpt")):
                 assert time.monotonic() < deadline, "no checkpoint was written"
                 time.sleep(0.01)  # a writer of its own may be behind the run by any number of steps

@@ -432,7 +432,7 @@ def test_two_processes_write_one_folder_and_fail_together(tmp_path: Path) -> Non
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     live = torch.load(tmp_path / "live_0.pt")

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 def played(folder: Path, strategy: str, loss: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), str(folder), strategy, loss]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

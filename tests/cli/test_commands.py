@@ -41,7 +41,7 @@ def run(tmp_path: Path, *args: str, module: bool = False) -> subprocess.Complete
     start = ["-m", "lightning_lora"] if module else [str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.run(
-        [sys.executable, *start, *args], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, *start, *args], capture_output=True, text=True, env=environment, timeout=900, check=False
     )
 
 

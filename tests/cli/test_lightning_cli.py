@@ -133,7 +133,7 @@ assert len(adapters(cli)) == 2
 assert all(m.lora_B.abs().sum() > 0 for m in adapters(cli))
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

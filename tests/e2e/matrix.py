@@ -199,7 +199,7 @@ def played(folder: Path, cases: list[str]) -> dict[str, Any]:
     """What a fresh process found that played ``cases``, by case."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__)), str(folder), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100 + 90 * len(cases))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400 + 90 * len(cases))
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

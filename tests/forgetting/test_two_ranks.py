@@ -36,7 +36,7 @@ def launch(jobs: list[str], task_folder: Path, out: Path, **environment: str) ->
         subprocess.Popen(command, cwd=ROOT, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 

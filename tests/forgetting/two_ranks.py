@@ -187,7 +187,7 @@ if __name__ == "__main__":
     jobs = [globals()[name] for name in sys.argv[3:]]
     results = {}
     if any(job in GROUPED for job in jobs):
-        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=240))
     for job in jobs:
         try:
             results[job.__name__] = job(rank, folder)

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one launch of two processes left, and a checkpoint of an older run from which they go on."""
     folder = tmp_path_factory.mktemp("fsdp")
     torch.save(older(folder, only_trained=False)[1], folder / "moments.pt")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one launch of two processes left, and a checkpoint of an older run from which they go on."""
     folder = tmp_path_factory.mktemp("sharded")
     torch.save(older(folder, only_trained=False)[1], folder / "moments.pt")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -148,7 +148,7 @@ def test_tensor_parallel_plans(found: list[dict[str, Any]], shards: bool) -> Non
 def test_both_at_once_over_four_processes(tmp_path: Path) -> None:
     """Pairs cut by a plan, the pairs sharing out by FSDP 2."""
     command = [sys.executable, str(SCRIPT), str(tmp_path), "grid"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
     for form in ("False", "True"):
