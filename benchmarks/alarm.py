@@ -45,6 +45,8 @@ class Scenario:
         start: looks before the drop.
         choices: 2 for margins of the normal distribution; more for the right choice's score less the best of the
             wrong ones', skewed and not normal.
+        passage: items that are about one passage.
+        lean: how much their margins have in common, as a correlation.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Scenario:
     confidence: float = 1.0
     start: int = 0
     choices: int = 2
+    passage: int = 1
+    lean: float = 0.0
 
 
 NULLS = (
@@ -109,7 +113,11 @@ class Margins:
 
     def look(self, rng: np.random.Generator, dropped: bool, items: int) -> tuple[list[float], list[float]]:
         """Margins of the base and of the model."""
-        noise = rng.standard_normal((2, items, self.scenario.choices))
+        shape, passage, lean = (2, items, self.scenario.choices), self.scenario.passage, self.scenario.lean
+        noise = rng.standard_normal(shape)
+        if lean:
+            shared = rng.standard_normal((2, -(-items // passage), shape[2])).repeat(passage, axis=1)[:, :items]
+            noise = math.sqrt(lean) * shared + math.sqrt(1.0 - lean) * noise
         base = self._margins(noise[0], self.start)
         model = self._margins(self._moved(noise, self.correlation), self.dropped if dropped else self.start)
         return base.tolist(), (self.scenario.confidence * model).tolist()
@@ -150,6 +158,7 @@ class Rule:
         items: of a look, over all tasks.
         tasks: that share them; the alarm is on the mean of their e-values.
         hit: how many of the tasks the drop is in; None for all.
+        by_passage: whether the stake is on whole passages, as it is where a task declares them.
     """
 
     tolerance: float = 0.0
@@ -157,7 +166,15 @@ class Rule:
     items: int = ITEMS
     tasks: int = 1
     hit: int | None = None
+    by_passage: bool = False
 
+
+#: Ten items about each passage, which mostly are lost and gained together.
+PASSAGES = (
+    Scenario("no drop", passage=10, lean=0.8),
+    Scenario("half a point lost", drop=0.005, passage=10, lean=0.8),
+    Scenario("five points lost", drop=0.05, passage=10, lean=0.8),
+)
 
 #: By what they are called in the table.
 SETTINGS = {
@@ -190,14 +207,17 @@ def paths(
     """
     margins = Margins(scenario)
     hit = rule.tasks if rule.hit is None else rule.hit
+    size = rule.items // rule.tasks
+    groups = [i // scenario.passage for i in range(size)] if rule.by_passage else None
+    largest = scenario.passage if rule.by_passage else 1
     for run in range(runs):
         rng = np.random.default_rng((seed, run))
-        bets, path = [EProcess(rule.tolerance) for _ in range(rule.tasks)], []
+        bets, path = [EProcess(rule.tolerance, largest_group=largest) for _ in range(rule.tasks)], []
         for k in range(LOOKS):
             for task, bet in enumerate(bets):
                 dropped = k >= scenario.start and task < hit
-                base, model = margins.look(rng, dropped, rule.items // rule.tasks)
-                bet.update(difference(base, model), LOOKS - k if rule.planned else None)
+                base, model = margins.look(rng, dropped, size)
+                bet.update(difference(base, model), LOOKS - k if rule.planned else None, groups)
             path.append(mean_e_value([bet.e_value for bet in bets]))
             if path[-1] >= LEVEL and not whole:
                 break
@@ -248,6 +268,17 @@ def rules(runs: int) -> None:
             share(alarm_looks(late, rule=rule, runs=runs), late.start + 8),
         ]
         print(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
+
+
+def passages(runs: int) -> None:
+    """Items that lean on each other: a stake on each, and one on each passage."""
+    stakes = {f"{'each passage' if by else 'each item'}, tolerance {t:g}": Rule(t, by_passage=by)
+              for t in (0.0, 0.005) for by in (False, True)}  # fmt: skip
+    print(f"| {ITEMS // PASSAGES[0].passage} passages of {PASSAGES[0].passage} items a look, {runs} runs | "
+          + " | ".join(scenario.name for scenario in PASSAGES) + " |\n" + "|---" * (1 + len(PASSAGES)) + "|")  # fmt: skip
+    for name, rule in stakes.items():
+        cells = [f"{share(alarm_looks(scenario, rule=rule, runs=runs)):.3f}" for scenario in PASSAGES]
+        print(f"| stake on {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def median(alarms: Sequence[int | None]) -> str:
@@ -362,3 +393,5 @@ if __name__ == "__main__":
         table(count)
         print()
         rules(max(1, count // 4))
+        print()
+        passages(count)

@@ -72,7 +72,7 @@ class ForgettingMonitor(Callback):
     | ``forgetting/<task>/flips_gained`` | items | wrong with the base, right now |
     | ``forgetting/<task>/soft_delta`` | share of items | paired difference of soft accuracy |
     | ``forgetting/<task>/n_items`` | items | how many were compared |
-    | ``forgetting/<task>/p_value``, ``p_holm`` | | at the end: exact McNemar test of the flips; corrected by Holm |
+    | ``forgetting/<task>/p_value``, ``p_holm`` | | at the end: is as much lost as gained; corrected by Holm |
     | ``forgetting/e_value`` | | evidence of a drop above the tolerance so far; an alarm from 1/alpha on |
     | ``learning/<task>/...`` | | the same numbers for `target_tasks` |
     | ``forgetting/seconds`` | s | how long the look took |
@@ -104,7 +104,8 @@ class ForgettingMonitor(Callback):
             schedule it also says when to look.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
-        items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each.
+        items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each. Where a
+            task's items belong together, whole groups are taken until its share is reached.
         batch_tokens: Tokens in one batch, padding included; lower it when a look runs out of memory.
         num_fewshot: Examples in each prompt; None for what each task says.
         include_path: Folder or folders of task YAML files, searched before lm-eval's own.

@@ -67,12 +67,13 @@ class _Items(Metric):
 
 
 class PairedAccuracy(_Items):
-    """Accuracy of model and base on the same items: `statistics.paired_difference` and `statistics.mcnemar_p`.
+    """Accuracy of model and base on the same items: `statistics.paired_difference` and a test.
 
-    ``compute`` gives ``acc``, ``acc_base``, ``delta``, ``delta_se`` [share of items] and ``p_value`` of McNemar's test.
+    ``compute`` gives ``acc``, ``acc_base``, ``delta``, ``delta_se`` [share of items] and ``p_value``, by
+    `statistics.mcnemar_p`, or by `statistics.grouped_p` where items are grouped.
 
     Args:
-        grouped: ``update`` gets the group of each item (such as its passage, as a number), for the standard error.
+        grouped: ``update`` gets the group of each item (such as its passage, as a number).
         kwargs: of `torchmetrics.Metric`.
     """
 
@@ -101,13 +102,17 @@ class PairedAccuracy(_Items):
     def compute(self) -> dict[str, Tensor]:
         model, base, *group = self._lists()
         delta, delta_se = statistics.paired_difference(model, base, *group)
+        if group:
+            p_value = statistics.grouped_p(delta, delta_se, len(set(group[0])))
+        else:
+            p_value = statistics.mcnemar_p(*statistics.flips(model, base))
         return _tensors(
             self.device,
             acc=statistics.accuracy(model),
             acc_base=statistics.accuracy(base),
             delta=delta,
             delta_se=delta_se,
-            p_value=statistics.mcnemar_p(*statistics.flips(model, base)),
+            p_value=p_value,
         )
 
 
@@ -194,6 +199,8 @@ class EValue(_Items):
         looks: number of looks planned; None when nobody knows.
         bandwidth: width of soft accuracy's curve, in standard deviations of the margins.
         bets: shares of the capital that are staked.
+        largest_group: for items that belong together, the number of items in the largest group of the task; ``update``
+            gets the group of each item then. None where every item stands alone.
         kwargs: of `torchmetrics.Metric`.
     """
 
@@ -205,34 +212,42 @@ class EValue(_Items):
         looks: int | None = None,
         bandwidth: float = 0.5,
         bets: Sequence[float] = BETS,
+        largest_group: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__("model", "base", "look", **kwargs)
-        EProcess(tolerance, bets=bets)  # refuses what it cannot use
+        super().__init__("model", "base", *(() if largest_group is None else ("group",)), "look", **kwargs)
+        EProcess(tolerance, bets=bets, largest_group=largest_group or 1)  # refuses what it cannot use
+        self.largest_group = largest_group
         if looks is not None and looks < 1:
             raise ConfigError(f"`looks` is the number of looks planned, 1 or more, or None: got looks={looks!r}.")
         self.tolerance, self.looks, self.bandwidth, self.bets = tolerance, looks, bandwidth, tuple(bets)
 
     @override
-    def update(self, model: Tensor, base: Tensor, look: int) -> None:
+    def update(self, model: Tensor, base: Tensor, look: int, group: Tensor | None = None) -> None:
         """Take a batch of items of one task that no earlier look has seen.
 
         Args:
             model: margin of the right choice over the best wrong one, of the model [nats]. Shape: (items,)
             base: the same of the base. Shape: (items,)
             look: number of the look.
+            group: the group of each item as a number, where there is a `largest_group`. Shape: (items,)
         """
-        self._keep(model=model, base=base, look=torch.full_like(model, look, dtype=torch.float64))
+        if (self.largest_group is None) != (group is None):
+            raise ConfigError(
+                f"EValue(largest_group={self.largest_group}) got group={'some' if group is not None else None}."
+            )
+        looks = torch.full_like(model, look, dtype=torch.float64)
+        self._keep(model=model, base=base, **({} if group is None else {"group": group}), look=looks)
 
     @override
     def compute(self) -> Tensor:
-        bet = EProcess(self.tolerance, bets=self.bets)
+        bet = EProcess(self.tolerance, bets=self.bets, largest_group=self.largest_group or 1)
         by_look = _by_look(*self._lists())
-        for k, (model, base) in enumerate(by_look.values()):
+        for k, (model, base, *groups) in enumerate(by_look.values()):
             soft = statistics.soft_accuracy(model, self.bandwidth)
             soft_base = statistics.soft_accuracy(base, self.bandwidth)
             left = None if self.looks is None else max(1, self.looks - k)
-            bet.update([b - m for m, b in zip(soft, soft_base, strict=True)], left)
+            bet.update([b - m for m, b in zip(soft, soft_base, strict=True)], left, *groups)
         return torch.tensor(bet.e_value, device=self.device)
 
 

@@ -24,7 +24,7 @@ from lightning_lora.forgetting.arguments import check_levels
 from lightning_lora.forgetting.bank import ItemBank
 from lightning_lora.forgetting.gauges import on_items
 from lightning_lora.forgetting.paired import PairedScores, Scores
-from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled
+from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled, groups_of
 from lightning_lora.forgetting.scoring import Scorer, untrained
 from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
@@ -92,15 +92,16 @@ class Monitor:
         self.tolerance = tolerance
         self.alpha = alpha
         self.pairs = PairedScores(tasks)
-        self.bank = ItemBank(_sizes(tasks), items_per_look, seed)
+        self.bank = _bank(tasks, items_per_look, seed)
         self.target_pairs = PairedScores(targets or {})
-        self.target_bank = ItemBank(_sizes(targets or {}), items_per_look, seed)
+        self.target_bank = _bank(targets or {}, items_per_look, seed)
         self.observers = list(observers)
         self.recorders = list(recorders)
         #: How long the observers took at the newest look, None where they did not measure [s].
         self.observed_seconds: float | None = None
         self.history: list[Report] = []
-        self.bets = {name: EProcess(tolerance, alpha) for name in tasks}
+        largest = self.bank.largest_groups
+        self.bets = {name: EProcess(tolerance, alpha, largest_group=largest[name]) for name in tasks}
 
     @property
     def last_step(self) -> int | None:
@@ -175,8 +176,9 @@ class Monitor:
         self.target_bank.load_state_dict(state["target_bank"])
         if not self.bank.load_state_dict(state["bank"]):
             notice(
-                "Forgetting: the checkpoint's looks were made with other tasks or another `seed`. Its history is kept; "
-                "items are taken from the start of the new bank, and the evidence for an alarm begins anew."
+                "Forgetting: the checkpoint's looks were made with other tasks or groups of items, or another `seed`. "
+                "Its history is kept; items are taken from the start of the new bank, and the evidence for an alarm "
+                "begins anew."
             )
             return
         try:
@@ -215,7 +217,7 @@ class Monitor:
         pooled = compare_pooled([(model[name], base[name]) for name in model])
         if kind == "look":
             for name, bet in self.bets.items():
-                bet.update(_soft_drops(model, base, name), left)
+                bet.update(_soft_drops(model, base, name), left, groups_of([model.get(name, [])]))
             alarms = self._alarms_of_looks()
         else:
             alarms, p_holm = self._alarms_of_verdict(tasks, pooled)
@@ -249,7 +251,7 @@ class Monitor:
     def _alarms_of_verdict(
         self, tasks: Mapping[str, TaskReport], pooled: TaskReport
     ) -> tuple[list[str], dict[str, float]]:
-        """What has dropped by more than the tolerance, and McNemar's p-values of the tasks, both corrected by Holm."""
+        """What has dropped by more than the tolerance, and the tasks' p-values, both corrected by Holm."""
         tested = {POOLED: pooled, **(tasks if len(tasks) > 1 else {})}
         above = statistics.holm({name: drop_p(found, self.tolerance) for name, found in tested.items()})
         changed = statistics.holm({name: found.p_value for name, found in tasks.items()})
@@ -261,18 +263,20 @@ def drop_p(found: TaskReport, tolerance: float) -> float:
 
     .. math:: p = 1 - \Phi\left(\frac{-\Delta - \tau}{\max(SE, 1/n)}\right)
 
-    The floor :math:`1/n` is the error of one changed answer among n: a handful of items that happen to agree does not
-    pass for certainty.
+    The floor :math:`1/n` is the error of one changed answer among n, or of one changed group among n groups: a handful
+    of items that happen to agree does not pass for certainty.
 
     Args:
         found: what was compared.
         tolerance: :math:`\tau` [share of items].
     """
-    return NormalDist().cdf((found.delta + tolerance) / max(found.delta_se, 1.0 / found.n_items))
+    return NormalDist().cdf((found.delta + tolerance) / max(found.delta_se, 1.0 / found.n_independent))
 
 
-def _sizes(tasks: Mapping[str, LoadedTask]) -> dict[str, int]:
-    return {name: task.n_docs for name, task in tasks.items()}
+def _bank(tasks: Mapping[str, LoadedTask], items_per_look: int, seed: int) -> ItemBank:
+    """The bank of these tasks."""
+    of = {name: groups for name, task in tasks.items() if (groups := task.groups()) is not None}
+    return ItemBank({name: task.n_docs for name, task in tasks.items()}, items_per_look, seed, of)
 
 
 def _soft_drops(model: Scores, base: Scores, name: str) -> list[float]:

@@ -43,7 +43,7 @@ def holds(pooled: TaskReport, tasks: Mapping[str, TaskReport], tolerance: float)
         tolerance: a drop that is nobody's concern [share of items].
     """
     bounds = [
-        drop - _Z95 * max(error, 1.0 / found.n_items)
+        drop - _Z95 * max(error, 1.0 / found.n_independent)
         for found in tasks.values()
         for drop, error in ((-found.delta, found.delta_se), (-found.soft_delta, found.soft_delta_se))
     ]

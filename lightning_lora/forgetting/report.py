@@ -26,7 +26,10 @@ class TaskReport:
         soft_delta: paired difference of soft accuracy [share of items].
         soft_delta_se: its standard error [share of items].
         n_items: how many items were compared.
-        p_value: exact McNemar test, two-sided, that answers are lost as often as gained.
+        p_value: two-sided, that answers are lost as often as gained.
+        n_groups: groups of items that belong together; None where every item stands alone.
+        p_from: what gave the p-value: "mcnemar", the exact test of the flips, or "grouped z", the paired difference by
+            its standard error over groups (see `statistics.grouped_p`).
     """
 
     acc: float
@@ -39,6 +42,13 @@ class TaskReport:
     soft_delta_se: float
     n_items: int
     p_value: float
+    n_groups: int | None = None
+    p_from: str = "mcnemar"
+
+    @property
+    def n_independent(self) -> int:
+        """How many groups, or items that stand alone, were compared."""
+        return self.n_items if self.n_groups is None else self.n_groups
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Report:
             f"{name}/{key}": float(value)
             for name, task in named.items()
             for key, value in asdict(task).items()
-            if key not in ("p_value", "soft_delta_se") or self.kind == "verdict"
+            if isinstance(value, int | float) and (key not in ("p_value", "soft_delta_se") or self.kind == "verdict")
         }
         found |= {f"forgetting/{name}/p_holm": p for name, p in self.p_holm.items()}
         return {**found, **self.gauges, "forgetting/e_value": self.e_value, "forgetting/seconds": self.seconds}
@@ -139,7 +149,8 @@ def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore
     correct_base = [s.correct for _, base in tasks for s in base]
     soft = [x for model, _ in tasks for x in statistics.soft_accuracy([s.margin for s in model])]
     soft_base = [x for _, base in tasks for x in statistics.soft_accuracy([s.margin for s in base])]
-    groups = _groups([model for model, _ in tasks])
+    groups = groups_of([model for model, _ in tasks])
+    n_groups = None if groups is None else len(set(groups))
     delta, delta_se = statistics.paired_difference(correct, correct_base, groups)
     soft_delta, soft_delta_se = statistics.paired_difference(soft, soft_base, groups)
     lost, gained = statistics.flips(correct, correct_base)
@@ -153,7 +164,11 @@ def compare_pooled(tasks: Sequence[tuple[Sequence[ItemScore], Sequence[ItemScore
         soft_delta=soft_delta,
         soft_delta_se=soft_delta_se,
         n_items=len(correct),
-        p_value=statistics.mcnemar_p(lost, gained),
+        p_value=(
+            statistics.mcnemar_p(lost, gained) if n_groups is None else statistics.grouped_p(delta, delta_se, n_groups)
+        ),
+        n_groups=n_groups,
+        p_from="mcnemar" if n_groups is None else "grouped z",
     )
 
 
@@ -184,8 +199,12 @@ def alarm_text(report: Report, alpha: float, tolerance: float) -> str:
     )
 
 
-def _groups(tasks: Sequence[Sequence[ItemScore]]) -> list[tuple[int, str | int]] | None:
-    """The group of each item of all tasks, one without is a group of its own; None where no task declares any."""
+def groups_of(tasks: Sequence[Sequence[ItemScore]]) -> list[tuple[int, str | int]] | None:
+    """The group of each item of all tasks, one without is a group of its own; None where no task declares any.
+
+    Args:
+        tasks: scores by task.
+    """
     if all(score.group is None for scores in tasks for score in scores):
         return None
     return [

@@ -17,6 +17,18 @@ at every number of looks and however the run decides when to stop. The restarts 
 that comes late is still found: the capital lost while there was none is not staked again. This holds for items that no
 earlier look has seen.
 
+Items that belong together (questions on one passage) are lost and gained together, and a product over them would take
+one chance for many. There the stake is on a group :math:`g`, drawn whole and at random:
+
+.. math::
+    y_g = \frac{1}{m} \sum_{i \in g} (d_i - \tau), \qquad
+    M_{k,\lambda}(t) = \prod_{g \in looks\, k..t} \left(1 + \frac{\lambda}{1 + \tau}\, y_g\right)
+
+with :math:`m` the number of items in the largest group of the task, known beforehand. No factor is negative, since
+:math:`y_g \ge -(1 + \tau)`; and while the mean drop over items is at most :math:`\tau`, :math:`E\, y_g \le 0`, for it is
+the mean over groups of what all their items exceed the tolerance by, whatever the items of a group have to do with each
+other. With :math:`m = 1` it is the first formula. Groups of very different sizes make small stakes of most.
+
 Sources: J. Ville, "Étude critique de la notion de collectif" (1939); I. Waudby-Smith and A. Ramdas, "Estimating
 means of bounded random variables by betting", arXiv 2010.09686; J. Shin, A. Ramdas and A. Rinaldo, "E-detectors",
 arXiv 2203.03532 (restarts); V. Vovk and R. Wang, "E-values: calibration, combination and applications", arXiv
@@ -26,7 +38,7 @@ arXiv 2203.03532 (restarts); V. Vovk and R. Wang, "E-values: calibration, combin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from lightning_lora.errors import ConfigError
@@ -46,8 +58,8 @@ class EProcess:
     (:math:`\log S_\lambda`), and what waits for later starts as cash :math:`c`:
 
     .. math::
-        S_\lambda \leftarrow (S_\lambda + w_k) \prod_{i \in look\, k}
-            \left(1 + \frac{\lambda}{1 + \tau} (d_i - \tau)\right), \qquad
+        S_\lambda \leftarrow (S_\lambda + w_k) \prod_{g \in look\, k}
+            \left(1 + \frac{\lambda}{1 + \tau} y_g\right), \qquad
         c \leftarrow c - w_k, \qquad E = c + \frac{1}{|\Lambda|} \sum_\lambda S_\lambda
 
     The state is one number for each bet, whatever the number of looks.
@@ -56,12 +68,15 @@ class EProcess:
         tolerance: a drop that is nobody's concern, in [0, 1) [share of items].
         alpha: probability, at most, of an alarm in the whole run while the drop is within the tolerance; in (0, 1).
         bets: shares of the capital that are staked, each in (0, 1).
+        largest_group: m, at most so many items come in one group; 1 where every item stands alone.
 
     Raises:
         ConfigError: for values out of range.
     """
 
-    def __init__(self, tolerance: float = 0.005, alpha: float = 0.05, bets: Sequence[float] = BETS) -> None:
+    def __init__(
+        self, tolerance: float = 0.005, alpha: float = 0.05, bets: Sequence[float] = BETS, largest_group: int = 1
+    ) -> None:
         if not 0.0 <= tolerance < 1.0 or not 0.0 < alpha < 1.0:
             raise ConfigError(
                 f"EProcess needs a tolerance in [0, 1) and an alpha in (0, 1): "
@@ -69,6 +84,9 @@ class EProcess:
             )
         if not bets or not all(0.0 < bet < 1.0 for bet in bets):
             raise ConfigError(f"EProcess needs `bets`, each a share of the capital in (0, 1): got {bets!r}.")
+        if largest_group < 1:
+            raise ConfigError(f"EProcess counts the items of its largest group from 1: got {largest_group!r}.")
+        self.largest_group = largest_group
         self.tolerance = float(tolerance)
         self.alpha = float(alpha)
         self.bets = tuple(float(bet) for bet in bets)
@@ -80,7 +98,9 @@ class EProcess:
         self._cash = 1.0
         self._log_staked = [-math.inf] * len(self.bets)
 
-    def update(self, differences: Sequence[float], left: int | None = None) -> float:
+    def update(
+        self, differences: Sequence[float], left: int | None = None, groups: Sequence[Hashable] | None = None
+    ) -> float:
         r"""Bet on one look's items.
 
         The share :math:`w_k` that starts at this look is :math:`1/K` of the capital at the beginning when K looks are
@@ -93,12 +113,15 @@ class EProcess:
                 fresh. Without an item nothing changes.
             left: looks of the run still to come, this one included; None when nobody knows. It must have been known
                 before the look.
+            groups: the group of each item; None where every item is a group of its own. A group comes whole in one
+                look.
 
         Returns:
             The e-value after this look.
 
         Raises:
-            ConfigError: for a difference outside [-1, 1] or not a number, or ``left`` below 1.
+            ConfigError: for a difference outside [-1, 1] or not a number, ``left`` below 1, or a group of more items
+                than ``largest_group``.
         """
         if left is not None and left < 1:
             raise ConfigError(f"EProcess counts the looks still to come from 1, this one included: got left={left!r}.")
@@ -110,6 +133,7 @@ class EProcess:
             )
         if not len(differences):
             return self.e_value
+        outcomes = self._outcomes(differences, groups)
         self.looks += 1
         self.items += len(differences)
         stake = self._cash / (self.looks + 1 if left is None else left)
@@ -117,7 +141,7 @@ class EProcess:
         self._cash = self._cash - stake if left != 1 else 0.0
         log_stake = math.log(stake) if stake > 0.0 else -math.inf
         self._log_staked = [
-            _log_sum([staked, log_stake]) + self._log_gain(bet, differences)
+            _log_sum([staked, log_stake]) + self._log_gain(bet, outcomes)
             for bet, staked in zip(self.bets, self._log_staked, strict=True)
         ]
         return self.e_value
@@ -144,6 +168,7 @@ class EProcess:
         return {
             "tolerance": self.tolerance,
             "bets": list(self.bets),
+            "largest_group": self.largest_group,
             "looks": self.looks,
             "items": self.items,
             "cash": self._cash,
@@ -157,22 +182,37 @@ class EProcess:
             state: what `state_dict` gave.
 
         Raises:
-            ConfigError: if the capital was won with another tolerance or other bets; `reset` begins a new one.
+            ConfigError: if the capital was won with another tolerance, other bets or another largest group; `reset`
+                begins a new one.
         """
-        mine, theirs = (self.tolerance, list(self.bets)), (state["tolerance"], list(state["bets"]))
+        mine = (self.tolerance, list(self.bets), self.largest_group)
+        theirs = (state["tolerance"], list(state["bets"]), state.get("largest_group", 1))
         if mine != theirs:
             raise ConfigError(
-                f"EProcess cannot go on with a capital that was won on another bet: this one has tolerance and bets "
-                f"{mine}, the state has {theirs}. Take the same values, or begin anew with `reset`."
+                f"EProcess cannot go on with a capital that was won on another bet: this one has tolerance, bets and "
+                f"largest group {mine}, the state has {theirs}. Take the same values, or begin anew with `reset`."
             )
         self.looks, self.items = int(state["looks"]), int(state["items"])
         self._cash = float(state["cash"])
         self._log_staked = [float(x) for x in state["log_staked"]]
 
-    def _log_gain(self, bet: float, differences: Sequence[float]) -> float:
-        """Logarithm of the factor of one look. The sum is rounded once, so the order of items does not matter."""
+    def _outcomes(self, differences: Sequence[float], groups: Sequence[Hashable] | None) -> list[float]:
+        """What is staked on, :math:`y_g` of each group. Sums are rounded once: the order of items does not matter."""
+        members: dict[Hashable, list[float]] = {}
+        for d, group in zip(differences, range(len(differences)) if groups is None else groups, strict=True):
+            members.setdefault(group, []).append(d - self.tolerance)
+        most = max(map(len, members.values()))
+        if most > self.largest_group:
+            raise ConfigError(
+                f"EProcess was told that no group has more than {self.largest_group} item(s) (`largest_group`), and "
+                f"one of this look has {most}."
+            )
+        return [math.fsum(found) / self.largest_group for found in members.values()]
+
+    def _log_gain(self, bet: float, outcomes: Sequence[float]) -> float:
+        """Logarithm of the factor of one look. The sum is rounded once, so the order of groups does not matter."""
         share = bet / (1.0 + self.tolerance)
-        return math.fsum(math.log1p(share * (d - self.tolerance)) for d in differences)
+        return math.fsum(math.log1p(share * y) for y in outcomes)
 
 
 def mean_e_value(e_values: Sequence[float]) -> float:

@@ -50,13 +50,13 @@ class Sizes:
             self.budget.gauges = self.budget.gauges if gauges is None else gauges
 
     def look_passes(self, items: int | None) -> int:
-        """Passes of a look: every item by the model and by its base.
+        """Passes of the next look: every item by the model and by its base.
 
         Args:
             items: how many items, of the tasks and of the target tasks each; None for a look of full size.
         """
         banks = [bank for bank in (self.monitor.bank, self.monitor.target_bank) if bank.size]
-        return sum(2 * max(len(b.sizes), min(b.items_per_look if items is None else items, b.size)) for b in banks)
+        return sum(2 * sum(map(len, bank.ahead(items).values())) for bank in banks)
 
     def verdict_passes(self, items: int | None) -> int:
         """Passes of a verdict: the base is not asked again about what is known of it.

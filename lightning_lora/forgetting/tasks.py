@@ -76,6 +76,10 @@ class LoadedTask:
         value = json.dumps(doc.get(self.cluster_by), sort_keys=True, default=str)
         return hashlib.sha256(value.encode()).hexdigest()[:16]
 
+    def groups(self) -> list[str | None] | None:
+        """What each document has in common with others; None where items are independent."""
+        return None if self.cluster_by is None else [self.group(doc) for doc in self.task.eval_docs]
+
     def gold(self, doc: Mapping[str, Any], target: Any) -> frozenset[int]:
         """Indices of the right choices of a document; empty when its label names none of them."""
         label = self.task.doc_to_text(doc) if getattr(self.task, "multiple_input", 0) else target

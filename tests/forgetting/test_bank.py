@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -61,6 +63,79 @@ def test_a_cut_changes_nothing(given_bank: tuple[dict[str, int], int, int], give
     assert [second.take(look) for look in given_looks[cut:]] == expected[cut:]
 
 
+@st.composite
+def grouped_banks(draw: st.DrawFn) -> dict[str, Any]:
+    """Tasks, of which some have groups of any sizes whose documents lie anywhere."""
+    sizes = draw(st.dictionaries(st.sampled_from("abc"), st.integers(1, 60), min_size=1))
+    of = {
+        name: draw(st.lists(st.integers(0, draw(st.integers(0, n))), min_size=n, max_size=n))
+        for name, n in sizes.items()
+        if draw(st.booleans())
+    }
+    return {"sizes": sizes, "items_per_look": draw(st.integers(1, 80)), "seed": draw(st.integers(0, 5)), "groups": of}
+
+
+@given(grouped_banks(), looks)
+def test_no_group_is_split_and_none_comes_twice_before_all_have_come(bank: dict[str, Any], given_looks: Any) -> None:
+    groups = {name: bank["groups"].get(name, range(n)) for name, n in bank["sizes"].items()}
+    one = ItemBank(**bank)
+    assert one.largest_groups == {name: max(Counter(of).values()) for name, of in groups.items()}
+    before: dict[str, list[int]] = {name: [] for name in groups}
+    for look in given_looks:
+        expected, fresh = one.ahead(look), one.sample(look)
+        taken = one.take(look)
+        assert taken == expected
+        for name, of in groups.items():
+            for ids in (taken[name], fresh[name]):
+                chosen = {of[i] for i in ids}
+                assert ids == [i for i, group in enumerate(of) if group in chosen]  # whole, ascending
+            assert not {of[i] for i in taken[name]} & {of[i] for i in before[name]}
+            before[name] = before[name] + taken[name]
+            if len(before[name]) == len(of):  # the pass is over
+                before[name] = []
+
+
+@given(grouped_banks())
+def test_look_of_groups_is_its_share_and_less_than_one_group_more(bank: dict[str, Any]) -> None:
+    singles = ItemBank(bank["sizes"], bank["items_per_look"], bank["seed"]).take()
+    for taken in (ItemBank(**bank).take(), ItemBank(**bank).sample(bank["items_per_look"])):
+        for name, ids in taken.items():
+            most = ItemBank(**bank).largest_groups[name]
+            assert len(singles[name]) <= len(ids) < len(singles[name]) + most
+
+
+@given(grouped_banks(), looks)
+def test_a_cut_changes_nothing_where_there_are_groups(bank: dict[str, Any], given_looks: list[int]) -> None:
+    whole, first, second = (ItemBank(**bank) for _ in range(3))
+    cut = len(given_looks) // 2
+    for look in given_looks[:cut]:
+        first.take(look)
+    assert second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    expected = [whole.take(look) for look in given_looks]
+    assert [second.take(look) for look in given_looks[cut:]] == expected[cut:]
+    assert second.sample(7) == whole.sample(7)
+
+
+@given(banks, looks)
+def test_groups_of_one_item_are_no_groups(given_bank: tuple[dict[str, int], int, int], given_looks: list[int]) -> None:
+    sizes, items, seed = given_bank
+    plain = ItemBank(sizes, items, seed)
+    grouped = ItemBank(sizes, items, seed, {name: [f"group {i}" for i in range(n)] for name, n in sizes.items()})
+    for look in given_looks:
+        assert plain.sample(look) == grouped.sample(look)
+        assert plain.take(look) == grouped.take(look)
+
+
+def test_the_order_of_items_without_groups_is_that_of_earlier_versions() -> None:
+    """Checkpoints of theirs go on at the same items."""
+    bank = ItemBank({"a": 12, "b": 5}, 6, seed=3)
+    assert [bank.take() for _ in range(3)] == [
+        {"a": [1, 5, 8, 10], "b": [0, 4]},
+        {"a": [2, 3, 4, 7], "b": [1, 3]},
+        {"a": [0, 6, 9, 11], "b": [2]},
+    ]
+
+
 def test_every_item_comes_and_then_all_again_in_another_order() -> None:
     bank = ItemBank({"a": 30, "b": 10}, 8)
     first = [bank.take() for _ in range(5)]
@@ -91,11 +166,17 @@ def test_order_comes_from_the_seed_alone() -> None:
 def test_state_of_another_bank_is_not_taken() -> None:
     bank = ItemBank({"a": 50}, 10)
     bank.take()
-    for other in (ItemBank({"a": 50}, 10, seed=1), ItemBank({"a": 51}, 10), ItemBank({"b": 50}, 10)):
+    grouped = ItemBank({"a": 50}, 10, groups={"a": [i // 2 for i in range(50)]})
+    for other in (ItemBank({"a": 50}, 10, seed=1), ItemBank({"a": 51}, 10), ItemBank({"b": 50}, 10), grouped):
         assert not other.load_state_dict(bank.state_dict())
         assert other.fresh == other.size
+    grouped.take()
+    assert not ItemBank({"a": 50}, 10).load_state_dict(grouped.state_dict())
+    assert not ItemBank({"a": 50}, 10, groups={"a": [i // 5 for i in range(50)]}).load_state_dict(grouped.state_dict())
 
 
 def test_bank_refuses_looks_without_items() -> None:
     with pytest.raises(ConfigError, match="items_per_eval.*got 0"):
         ItemBank({"a": 5}, 0)
+    with pytest.raises(ConfigError, match=r"group of each document: got \{'a': 4\}"):
+        ItemBank({"a": 5}, 1, groups={"a": [1, 1, 2, 2]})

@@ -37,7 +37,8 @@ def fed(part: slice) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {
         "accuracy": PairedAccuracy(), "grouped": PairedAccuracy(grouped=True), "flips": Flips(),
         "adjusted": Flips(adjusted=True), "soft": SoftDelta(), "e_value": EValue(looks=LOOKS),
-        "e_value_open": EValue(tolerance=0.01), "forgetting": ForgettingOverLooks(),
+        "e_value_open": EValue(tolerance=0.01), "e_value_grouped": EValue(largest_group=4),
+        "forgetting": ForgettingOverLooks(),
     }  # fmt: skip
     found = items()
     for look in range(LOOKS):
@@ -49,6 +50,7 @@ def fed(part: slice) -> dict[str, Metric]:
         metrics["soft"].update(x["model"], x["base"])
         metrics["e_value"].update(x["model"], x["base"], look)
         metrics["e_value_open"].update(x["model"], x["base"], look)
+        metrics["e_value_grouped"].update(x["model"], x["base"], look, x["group"])
         metrics["forgetting"].update(x["right"], look)
     return metrics
 
@@ -64,15 +66,17 @@ def expected() -> dict[str, Any]:
     x = {name: column.tolist() for name, column in items().items()}
     right, right_base = x["right"], x["right_base"]
 
-    def capital(tolerance: float, planned: bool) -> float:
-        bet, n = EProcess(tolerance), N // LOOKS
+    def capital(tolerance: float, planned: bool, largest: int = 1) -> float:
+        bet, n = EProcess(tolerance, largest_group=largest), N // LOOKS
         for k in range(LOOKS):
             soft, soft_base = (statistics.soft_accuracy(x[who][k * n : (k + 1) * n]) for who in ("model", "base"))
-            bet.update([b - m for m, b in zip(soft, soft_base, strict=True)], LOOKS - k if planned else None)
+            groups = x["group"][k * n : (k + 1) * n] if largest > 1 else None
+            bet.update([b - m for m, b in zip(soft, soft_base, strict=True)], LOOKS - k if planned else None, groups)
         return bet.e_value
 
     delta, se = statistics.paired_difference(right, right_base)
     soft = statistics.paired_difference(statistics.soft_accuracy(x["model"]), statistics.soft_accuracy(x["base"]))
+    grouped_se = statistics.paired_difference(right, right_base, x["group"])[1]
     shares = {
         "acc": statistics.accuracy(right), "acc_base": statistics.accuracy(right_base), "delta": delta,
         "p_value": statistics.mcnemar_p(*statistics.flips(right, right_base)),
@@ -82,12 +86,13 @@ def expected() -> dict[str, Any]:
     adjusted = statistics.chance_adjusted_flips(right, right_base, x["n_choices"])
     return {
         "accuracy": {**shares, "delta_se": se},
-        "grouped": {**shares, "delta_se": statistics.paired_difference(right, right_base, x["group"])[1]},
+        "grouped": {**shares, "delta_se": grouped_se, "p_value": statistics.grouped_p(delta, grouped_se, N // 4)},
         "flips": {"lost": lost, "gained": gained},
         "adjusted": {"lost": adjusted[0], "gained": adjusted[1]},
         "soft": {"soft_delta": soft[0], "soft_delta_se": soft[1]},
         "e_value": capital(0.005, planned=True),
         "e_value_open": capital(0.01, planned=False),
+        "e_value_grouped": capital(0.005, planned=False, largest=4),
         "forgetting": {
             "forgetting": transfer.forgetting_measure(by_look),
             "backward_transfer": by_look[-1] - by_look[0],

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, Notice
+from lightning_lora.forgetting import statistics
 from lightning_lora.forgetting.monitor import Monitor, drop_p
 from lightning_lora.forgetting.remedies import holds
 from lightning_lora.forgetting.report import Report, TaskReport, compare
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
-from lightning_lora.forgetting.tasks import LoadedTask
+from lightning_lora.forgetting.sizes import Sizes
+from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
 from lightning_lora.model.apply import adapter_modules
 from tests.forgetting import tiny
 
@@ -152,6 +156,50 @@ def test_the_bases_scores_are_in_the_state(
     rows.clear()
     assert {**found.to_dict(), "seconds": 0} == {**first.verdict(scorer, step=2).to_dict(), "seconds": 0}
     assert asked == sum(rows)
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory: pytest.TempPathFactory, task_folder: Path) -> dict[str, LoadedTask]:
+    """A task of 15 passages with 1 to 5 questions each, mixed up, beside one whose items stand alone."""
+    of = [passage for passage in range(15) for _ in range(1 + passage % 5)]
+    random.Random(0).shuffle(of)
+    docs = [{**doc, "passage": f"passage {p}"} for doc, p in zip(tiny.items(len(of), seed=1), of, strict=True)]
+    path = tiny.write_task(tmp_path_factory.mktemp("p"), "passages", docs, metadata={"cluster_by": "passage"})
+    return load_tasks([str(path), str(task_folder / "beta.yaml")])
+
+
+def test_passages_come_whole_and_count_as_one_each(passages: dict[str, LoadedTask], tokenizer: Any) -> None:
+    scorer = Scorer(tiny.adapted(0.3), tokenizer)
+    taken: list[set[str | None]] = []
+
+    def record(report: Report, model: Any, base: Any) -> None:
+        taken.append({score.group for score in model["passages"]})
+        found = report.tasks["passages"]
+        assert found.n_groups == len(taken[-1]) < found.n_items
+        whole = [i for i, group in enumerate(passages["passages"].groups() or []) if group in taken[-1]]
+        assert [score.doc_id for score in model["passages"]] == whole
+
+    monitor = Monitor(passages, items_per_look=20, recorders=[record])
+    sizes = Sizes(monitor, None, verdict=True, tries=0)
+    for step in (1, 2, 3):
+        foretold = sizes.look_passes(None)
+        report = monitor.look(scorer, step, left=4 - step)
+        assert foretold == 2 * report.pooled.n_items
+        assert report.pooled.n_groups == report.tasks["passages"].n_independent + report.tasks["beta"].n_items
+    assert not taken[0] & taken[1] | taken[1] & taken[2]
+    assert [bet.largest_group for bet in monitor.bets.values()] == [5, 1]
+
+    again = Monitor(passages, items_per_look=20)
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert again.look(scorer, 4).to_dict()["e_values"] == monitor.look(scorer, 4).to_dict()["e_values"]
+
+    verdict = monitor.verdict(scorer, 5)
+    grouped, alone = verdict.tasks["passages"], verdict.tasks["beta"]
+    assert (grouped.p_from, alone.p_from, verdict.pooled.p_from) == ("grouped z", "mcnemar", "grouped z")
+    assert verdict.p_holm == statistics.holm({"passages": grouped.p_value, "beta": alone.p_value})
+    assert verdict.metrics()["forgetting/passages/n_groups"] == 15.0
+    assert "forgetting/beta/n_groups" not in verdict.metrics()
+    assert Report.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
 
 
 def test_items_that_come_again_are_named_and_said_once(loaded: dict[str, LoadedTask], tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +99,78 @@ def test_capital_grows_where_there_is_a_drop() -> None:
     assert bet.items == 50 * bet.looks
 
 
+#: What a group of two items may give, and its probability; the mean over items is 0 in each, and items lean on each other
+#: in one, sizes differ in another.
+GROUPED_NULLS = {
+    "both or neither": (((1.0, 1.0), 0.15), ((0.0, 0.0), 0.7), ((-1.0, -1.0), 0.15)),
+    "one against the other": (((1.0, -1.0), 0.5), ((0.0, 0.0), 0.5)),
+    "two sizes": (((1.0, 1.0), 0.1), ((-1.0,), 0.2), ((0.0, 0.0), 0.7)),
+}
+
+
+@pytest.mark.parametrize("null", GROUPED_NULLS)
+def test_a_bet_on_groups_has_no_expected_gain_and_one_on_their_items_has(null: str) -> None:
+    """Exact, over every outcome of a look at three groups."""
+    for largest, fair in ((2, True), (None, null != "both or neither")):
+        expected = 0.0
+        for drawn in itertools.product(GROUPED_NULLS[null], repeat=3):
+            bet = EProcess(0.0, largest_group=largest or 1)
+            differences = [d for outcome, _ in drawn for d in outcome]
+            groups = [g for g, (outcome, _) in enumerate(drawn) for _ in outcome]
+            e_value = bet.update(differences, 1, groups if largest else None)
+            expected += math.prod(p for _, p in drawn) * e_value
+        assert (expected <= 1.0 + 1e-12) is fair or null == "two sizes"
+
+
+@given(looks_of_items, tolerances)
+def test_groups_of_one_item_change_no_bit(looks: list[list[float]], tolerance: float) -> None:
+    plain, grouped = EProcess(tolerance), EProcess(tolerance, largest_group=1)
+    for look in looks:
+        assert plain.update(look) == grouped.update(look, groups=[f"group {i}" for i in range(len(look))])
+    assert plain.state_dict() == grouped.state_dict()
+    one = EProcess(tolerance)
+    one.update(looks[0], left=1)  # all of the capital, 1, is staked: what is left is the product over items
+    assert one.state_dict()["log_staked"] == [
+        math.fsum(math.log1p(bet / (1.0 + tolerance) * (d - tolerance)) for d in looks[0]) for bet in BETS
+    ]
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 3)), min_size=1, max_size=12), tolerances)
+def test_capital_of_groups_is_the_stated_product(look: list[tuple[float, int]], tolerance: float) -> None:
+    differences, groups = [d for d, _ in look], [g for _, g in look]
+    largest = 12
+    outcomes = [math.fsum(d - tolerance for d, of in look if of == g) / largest for g in set(groups)]
+    products = [math.prod(1 + bet / (1 + tolerance) * y for y in outcomes) for bet in BETS]
+    found = EProcess(tolerance, largest_group=largest).update(differences, 1, groups)
+    assert found == pytest.approx(math.fsum(products) / len(BETS), rel=1e-9)
+
+
+def group_looks(rng: np.random.Generator, looks: int, groups: int, size: int) -> np.ndarray:
+    """Differences without a drop, items of a group nearly alike. Shape: (looks, groups, size)"""
+    shared = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(looks, groups, 1))
+    own = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(looks, groups, size))
+    return np.where(rng.random((looks, groups, size)) < 0.9, shared, own)
+
+
+def test_false_alarms_over_twenty_looks_at_groups_keep_the_level_and_bets_on_their_items_do_not() -> None:
+    """Five groups of twelve items a look, no drop, two tasks: the mean of their capitals, as the monitor pools them."""
+    runs, alpha, (looks, size, tasks) = 100, 0.05, (20, 12, 2)
+    groups = [i // size for i in range(5 * size)]
+    alarms = {size: 0, 1: 0}
+    for run in range(runs):
+        drawn = [group_looks(np.random.default_rng((run, task)), looks, 5, size) for task in range(tasks)]
+        for largest in alarms:
+            bets = [EProcess(0.0, alpha, largest_group=largest) for _ in drawn]
+            for k in range(looks):
+                for bet, found in zip(bets, drawn, strict=True):
+                    bet.update(found[k].ravel().tolist(), looks - k, groups if largest > 1 else None)
+                if mean_e_value([bet.e_value for bet in bets]) >= 1 / alpha:
+                    alarms[largest] += 1
+                    break
+    assert alarms[size] / runs <= alpha
+    assert alarms[1] / runs > 5 * alpha
+
+
 @given(looks_of_items, st.integers(0, 6), st.booleans())
 def test_resume_is_exact(looks: list[list[float]], cut: int, planned: bool) -> None:
     def left(k: int) -> int | None:
@@ -160,6 +233,12 @@ def test_bad_values_are_refused() -> None:
             EProcess().update([0.0, wrong])
     with pytest.raises(ConfigError, match="another bet"):
         EProcess(tolerance=0.01).load_state_dict(EProcess(tolerance=0.02).state_dict())
+    with pytest.raises(ConfigError, match="largest group.*1.*3"):
+        EProcess(largest_group=1).load_state_dict(EProcess(largest_group=3).state_dict())
+    with pytest.raises(ConfigError, match="no group has more than 2 item.*one of this look has 3"):
+        EProcess(largest_group=2).update([0.0] * 4, groups=["a", "b", "b", "b"])
+    with pytest.raises(ConfigError, match="from 1: got 0"):
+        EProcess(largest_group=0)
     with pytest.raises(ConfigError, match="at least one"):
         mean_e_value([])
 

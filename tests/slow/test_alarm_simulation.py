@@ -12,6 +12,7 @@ from benchmarks.alarm import (
     FIND_LOOKS,
     LEVEL,
     NULLS,
+    PASSAGES,
     Rule,
     Scenario,
     alarm_looks,
@@ -47,6 +48,15 @@ def test_raw_margins_cry_wolf_when_confidence_falls_and_miss_a_drop_when_it_rise
     assert (more.confidence, more.drop) == (1.25, 0.02)
     assert share(alarm_looks(less, margin_difference, runs=RUNS // 4)) > 0.9
     assert share(alarm_looks(more, margin_difference, runs=RUNS // 4), FIND_LOOKS) < 0.1
+
+
+def test_items_that_lean_on_each_other_keep_the_level_by_passage_and_break_it_one_by_one() -> None:
+    by_passage, one_by_one = Rule(by_passage=True), Rule()
+    none, _, five = PASSAGES
+    assert share(alarm_looks(none, rule=by_passage, runs=RUNS)) <= ALPHA
+    assert share(alarm_looks(none, rule=Rule(tasks=2, by_passage=True), runs=RUNS // 4)) <= ALPHA
+    assert share(alarm_looks(none, rule=one_by_one, runs=RUNS // 4)) > 5 * ALPHA
+    assert share(alarm_looks(five, rule=by_passage, runs=RUNS // 4)) >= FIND_LEAST
 
 
 def test_the_mean_of_tasks_finds_the_one_that_collapses() -> None:
