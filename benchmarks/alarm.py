@@ -272,10 +272,14 @@ def rules(runs: int) -> None:
 
 def passages(runs: int) -> None:
     """Items that lean on each other: a stake on each, and one on each passage."""
-    stakes = {f"{'each passage' if by else 'each item'}, tolerance {t:g}": Rule(t, by_passage=by)
-              for t in (0.0, 0.005) for by in (False, True)}  # fmt: skip
-    print(f"| {ITEMS // PASSAGES[0].passage} passages of {PASSAGES[0].passage} items a look, {runs} runs | "
-          + " | ".join(scenario.name for scenario in PASSAGES) + " |\n" + "|---" * (1 + len(PASSAGES)) + "|")  # fmt: skip
+    stakes = {
+        f"{'each passage' if by else 'each item'}, tolerance {tolerance:g}": Rule(tolerance, by_passage=by)
+        for tolerance in (0.0, 0.005)
+        for by in (False, True)
+    }
+    size = PASSAGES[0].passage
+    head = [f"{ITEMS // size} passages of {size} items a look, {runs} runs", *(found.name for found in PASSAGES)]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for name, rule in stakes.items():
         cells = [f"{share(alarm_looks(scenario, rule=rule, runs=runs)):.3f}" for scenario in PASSAGES]
         print(f"| stake on {name} | " + " | ".join(cells) + " |", flush=True)

@@ -25,9 +25,9 @@ one chance for many. There the stake is on a group :math:`g`, drawn whole and at
     M_{k,\lambda}(t) = \prod_{g \in looks\, k..t} \left(1 + \frac{\lambda}{1 + \tau}\, y_g\right)
 
 with :math:`m` the number of items in the largest group of the task, known beforehand. No factor is negative, since
-:math:`y_g \ge -(1 + \tau)`; and while the mean drop over items is at most :math:`\tau`, :math:`E\, y_g \le 0`, for it is
-the mean over groups of what all their items exceed the tolerance by, whatever the items of a group have to do with each
-other. With :math:`m = 1` it is the first formula. Groups of very different sizes make small stakes of most.
+:math:`y_g \ge -(1 + \tau)`; and while the mean drop over items is at most :math:`\tau`, :math:`E\, y_g \le 0`, for it
+is the mean over groups of what all their items exceed the tolerance by, whatever the items of a group have to do with
+each other. With :math:`m = 1` it is the first formula. Groups of very different sizes make small stakes of most.
 
 Sources: J. Ville, "Étude critique de la notion de collectif" (1939); I. Waudby-Smith and A. Ramdas, "Estimating
 means of bounded random variables by betting", arXiv 2010.09686; J. Shin, A. Ramdas and A. Rinaldo, "E-detectors",

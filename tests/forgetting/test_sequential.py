@@ -99,8 +99,8 @@ def test_capital_grows_where_there_is_a_drop() -> None:
     assert bet.items == 50 * bet.looks
 
 
-#: What a group of two items may give, and its probability; the mean over items is 0 in each, and items lean on each other
-#: in one, sizes differ in another.
+#: What a group of two items may give, and its probability; the mean over items is 0 in each. Items lean on each other in
+#: one, sizes differ in another.
 GROUPED_NULLS = {
     "both or neither": (((1.0, 1.0), 0.15), ((0.0, 0.0), 0.7), ((-1.0, -1.0), 0.15)),
     "one against the other": (((1.0, -1.0), 0.5), ((0.0, 0.0), 0.5)),
@@ -146,7 +146,7 @@ def test_capital_of_groups_is_the_stated_product(look: list[tuple[float, int]], 
 
 
 def group_looks(rng: np.random.Generator, looks: int, groups: int, size: int) -> np.ndarray:
-    """Differences without a drop, items of a group nearly alike. Shape: (looks, groups, size)"""
+    """Differences without a drop, items of a group nearly alike. Shape: (looks, groups, size)."""
     shared = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(looks, groups, 1))
     own = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(looks, groups, size))
     return np.where(rng.random((looks, groups, size)) < 0.9, shared, own)
