@@ -7,6 +7,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 INPUTS := pyproject.toml constraints.txt
 RUN    := $(VENV)/.installed-run
 DEV    := $(VENV)/.installed-dev
+DOCS   := $(VENV)/.installed-docs
 OUT    ?= outputs/demo
 
 .DEFAULT_GOAL := help
@@ -27,6 +28,11 @@ $(RUN): $(INPUTS) | $(BIN)/python
 $(DEV): $(INPUTS) $(RUN) | $(BIN)/python
 	@echo "Installing the test tools into $(VENV) (once)"
 	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+$(DOCS): $(INPUTS) $(DEV) | $(BIN)/python
+	@echo "Installing the tools of the documentation into $(VENV) (once)"
+	$(PIP) -e ".[all,dev,docs]"
 	@touch $@
 
 demo: $(RUN)  ## QLoRA on the built-in base: what it learned, what it forgot, a merged model
@@ -57,9 +63,10 @@ format: $(DEV)  ## ruff: repair what it can
 types: $(DEV)  ## mypy
 	$(BIN)/mypy
 
-docs: $(DEV)  ## the documentation as a site in site/ (installs mkdocs)
-	$(PIP) mkdocs
-	$(BIN)/python -m mkdocs build --strict
+docs: $(DOCS)  ## the documentation as a site in site/: strict, every link looked up
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/tools/dead_links.py site
+	$(BIN)/python -m pytest -q tests/docs/test_docstrings.py
 
 clean:  ## remove the virtual environment and what runs have written
 	rm -rf $(VENV) outputs site build *.egg-info .mypy_cache .ruff_cache .pytest_cache
