@@ -72,6 +72,17 @@ def test_it_runs(
         assert not trains or float(row["gradient norm"]) > 0, row
 
 
+@pytest.mark.slow
+def test_scoring_is_timed_beside_hflm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run(capsys, monkeypatch, "scoring.py", "--rounds", "1")  # which compares the scores too
+    rows = [line.split("|")[1:] for line in printed.splitlines() if line.startswith(("| hidden 512", "| tiny"))]
+    assert {row[0].split(";")[0].strip() for row in rows} == {"hidden 512, 8 layers", "tiny", "tiny, short items"}
+    for case in {row[0] for row in rows}:
+        taken = {row[1].strip(): float(row[3]) for row in rows if row[0] == case}
+        assert set(taken) == {"`HFLM(batch_size=8)`", "`HFLM(batch_size=32)`", "ours, each choice alone", "ours"}
+        assert min(ratio for name, ratio in taken.items() if "HFLM" in name) == 1.0
+
+
 def test_it_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         monkeypatch.setattr(sys, "argv", ["gpu.py"])

@@ -99,8 +99,8 @@ def test_capital_grows_where_there_is_a_drop() -> None:
     assert bet.items == 50 * bet.looks
 
 
-#: What a group of two items may give, and its probability; the mean over items is 0 in each. Items lean on each other in
-#: one, sizes differ in another.
+#: What a group of two items may give, and its probability; the mean over items is 0 in each. Items lean on each other
+#: in one, sizes differ in another.
 GROUPED_NULLS = {
     "both or neither": (((1.0, 1.0), 0.15), ((0.0, 0.0), 0.7), ((-1.0, -1.0), 0.15)),
     "one against the other": (((1.0, -1.0), 0.5), ((0.0, 0.0), 0.5)),
