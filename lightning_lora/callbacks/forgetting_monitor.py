@@ -12,7 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.callbacks.ending import check_remedy, held_until, renew_checkpoints, run_length, when_it_stops
+from lightning_lora.callbacks.ending import (
+    check_alone,
+    check_remedy,
+    held_until,
+    renew_checkpoints,
+    run_length,
+    when_it_stops,
+)
 from lightning_lora.errors import ConfigError, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
@@ -117,7 +124,7 @@ class ForgettingMonitor(Callback):
             adapters: those of the newest look that holds, or the adapters times the largest scale that holds, where
             to hold is to lie below the base by no more than the tolerance over the whole bank. An alarm of the
             verdict does the same, and a second verdict follows. ``outcome`` says what was done.
-        seed: Shuffles the bank of items.
+        seed: Shuffles the bank of items. Two monitors that ask the same need two seeds.
         gauges: Measure at each look what moves whether or not anything is forgotten, each beside the base's: KL to
             the base on the newest training batch and on general text, bits per byte, what the model writes by itself
             (see `Gauges`). Nothing is decided by them.
@@ -135,7 +142,8 @@ class ForgettingMonitor(Callback):
             used while no adapter has been trained.
 
     Raises:
-        ConfigError: For a value out of range or of another type, and when no look would ever be made.
+        ConfigError: For a value out of range or of another type, and when no look would ever be made; at fit start,
+            when another monitor asks the same.
         UnsupportedError: At fit start, for "rollback" under FSDP 1 or DeepSpeed.
         TaskError: At fit start, for a task that cannot be loaded.
     """
@@ -241,8 +249,17 @@ class ForgettingMonitor(Callback):
     @property
     @override
     def state_key(self) -> str:
-        # Two monitors may stand side by side, with other tasks or another schedule.
-        return self._generate_state_key(tasks=[task_label(task) for task in self.tasks], seed=self.seed)
+        # Two monitors may stand side by side and ask something else. When they look, and what they do about it, may
+        # change on a resume.
+        asked = {
+            "target_tasks": [task_label(task) for task in self.target_tasks],
+            "num_fewshot": self.num_fewshot,
+            "apply_chat_template": self.apply_chat_template,
+            "system_instruction": self.system_instruction,
+        }
+        tasks = [task_label(task) for task in self.tasks]
+        given = {key: value for key, value in asked.items() if value not in (None, []) and value is not False}
+        return self._generate_state_key(tasks=tasks, seed=self.seed, **given)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,6 +268,7 @@ class ForgettingMonitor(Callback):
                 f"ForgettingMonitor compares the model with adapters on and off, and {type(pl_module).__name__} has "
                 f"none. Add the LoRA callback, or call apply_lora in configure_model."
             )
+        check_alone(self, trainer)
         name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
         check_remedy(self.on_forgetting, trainer)
         if self._loaded is None:

@@ -291,6 +291,46 @@ def test_two_monitors_keep_their_own_state(folder: Path, tokenizer: Any) -> None
     assert [list(m.report.tasks) for m in pair if m.report] == [["alpha"], ["beta"]]
 
 
+def test_two_monitors_of_the_same_tasks_each_go_on_after_a_cut(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """They ask otherwise: other shots, another prompt, other target tasks, another seed."""
+    alpha, beta = (str(folder / f"{name}.yaml") for name in ("alpha", "beta"))
+    ways: list[dict[str, Any]] = [
+        {}, {"seed": 1}, {"num_fewshot": 1}, {"system_instruction": "the cat sings"}, {"target_tasks": beta},
+    ]  # fmt: skip
+
+    def run(steps: int, **kwargs: Any) -> list[ForgettingMonitor]:
+        every = [
+            ForgettingMonitor(
+                alpha, tokenizer, every_n_steps=2, items_per_eval=6 + k, gauges=False, on_fit_end=False, **way
+            )
+            for k, way in enumerate(ways)
+        ]
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="cut", every_n_train_steps=2, save_top_k=-1)
+        L.seed_everything(0, verbose=False)
+        trainer(*every, *([keep] if not kwargs else []), max_steps=steps).fit(tiny.Student(), tiny.loader(), **kwargs)
+        return every
+
+    first = run(2)
+    assert len({monitor.state_key for monitor in first}) == len(ways)
+    second = run(4, ckpt_path=str(tmp_path / "cut.ckpt"))
+    for before, after in zip(first, second, strict=True):
+        assert after.history[: len(before.history)] == before.history
+        assert steps(after) == [("look", 0), ("look", 2), ("look", 4)]
+    sizes = [[report.pooled.n_items for report in monitor.history] for monitor in second]
+    assert sizes == [[6 + k] * 3 for k in range(len(ways))]
+
+
+def test_two_monitors_that_a_checkpoint_could_not_tell_apart_are_refused(folder: Path, tokenizer: Any) -> None:
+    class Brings(tiny.Student):
+        def configure_callbacks(self) -> list[L.Callback]:
+            return [ForgettingMonitor(str(folder / "alpha.yaml"), tokenizer, every_n_steps=n) for n in (2, 3)]
+
+    with pytest.raises(ConfigError, match="Two ForgettingMonitor callbacks ask the same .*give one another `seed`"):
+        trainer(max_steps=1).fit(Brings(), tiny.loader())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ForgettingMonitor`"):
+        trainer(*Brings().configure_callbacks())  # Lightning's own word
+
+
 def test_the_modules_own_tokenizer_and_a_named_part_do(folder: Path, tokenizer: Any) -> None:
     student = tiny.Student()
     student.tokenizer = tokenizer

@@ -43,6 +43,7 @@ class Worsens(L.Callback):
             group["lr"] = self.lr if trainer.global_step >= self.step else 1e-5
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        pl_module.log("steps", float(trainer.global_step))
         if self.keep:
             self.seen[trainer.global_step] = {k: t.clone() for k, t in adapter_state_dict(pl_module).items()}
 
@@ -208,6 +209,35 @@ def test_an_alarm_of_the_verdict_alone_is_acted_on_before_fit_returns(
         loaded = tiny.Student(dropout=0.0)
         load_adapter(loaded, path.removesuffix(".ckpt"))
         assert same(adapter_state_dict(loaded), adapter_state_dict(student))
+
+
+@pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint])
+def test_where_only_checkpoints_of_a_metric_are_kept_what_is_left_is_written_too(
+    known: str, tmp_path: Path, kind: Any
+) -> None:
+    monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting="rollback", gauges=False)
+    (tmp_path / "last.ckpt").write_text("of another run")
+    best = kind(dirpath=tmp_path, monitor="steps", mode="max", every_n_train_steps=1)
+    with pytest.warns(Notice, match=r"no checkpoint was kept of its end: .*last-v1\.ckpt holds them as they are now"):
+        run, student = fit(monitor, Worsens(step=0), best, max_steps=4)
+    assert best.last_model_path == str(tmp_path / "last-v1.ckpt")
+    assert best.save_last is None
+    found = torch.load(best.last_model_path, weights_only=True)
+    assert same(found["state_dict"], adapter_state_dict(student))
+    assert found["callbacks"][monitor.state_key]["response"]["outcome"] == monitor.outcome
+    assert not same(torch.load(best.best_model_path, weights_only=True)["state_dict"], found["state_dict"])
+    assert (tmp_path / "last.ckpt").read_text() == "of another run"
+    if kind is AdapterCheckpoint:
+        loaded = tiny.Student(dropout=0.0)
+        load_adapter(loaded, best.last_adapter_path)
+        assert same(adapter_state_dict(loaded), adapter_state_dict(student))
+
+
+def test_who_keeps_no_checkpoints_is_given_none(known: str, tmp_path: Path) -> None:
+    monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting="rollback", gauges=False)
+    fit(monitor, Worsens(step=0), ModelCheckpoint(dirpath=tmp_path, save_top_k=0), max_steps=4)
+    assert monitor.outcome is not None
+    assert not list(tmp_path.iterdir())
 
 
 def test_rollback_is_refused_by_name_where_a_strategy_keeps_copies_of_the_adapters(known: str) -> None:
