@@ -81,16 +81,16 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("scoring", "degeneration", "gauges"),
         *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),
     ),
-    "reporting": ("forgetting", "summary", "diagnostics", "table", "items", "output"),
+    "reporting": ("forgetting", "learning", "summary", "diagnostics", "table", "items", "output"),
     "strategies": (
         *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
         *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
-        *("merge_on_fit_end", "ending", "forgetting_monitor"),
+        *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
-        *("aside", "scale_sweep"),
+        "scale_sweep",
     ),
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.callbacks.place import run_folder
 from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.io.atomic import atomic_write
 from lightning_lora.model.diagnosis import Diagnosis
@@ -93,7 +94,7 @@ class AdapterDiagnostics(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.history or self.history[-1].step != trainer.global_step:
             self._look(trainer, pl_module)
-        where = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # on every rank: it is agreed on
+        where = run_folder(trainer, self.dirpath)  # on every rank: it is agreed on
         if trainer.is_global_zero:
             self._write(where)
 

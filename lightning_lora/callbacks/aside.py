@@ -42,6 +42,15 @@ def validate_aside(trainer: Trainer) -> dict[str, float]:
             module.training = mode
 
 
+def is_of_run(trainer: Trainer) -> bool:
+    """Whether the validation that ends now is one of the run's own: no sanity check, and none aside.
+
+    Args:
+        trainer: in ``on_validation_end``.
+    """
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
 @contextmanager
 def _as_validate(trainer: Trainer) -> Iterator[None]:
     state = trainer.state

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_lora.callbacks.aside import is_of_run
 from lightning_lora.callbacks.ending import (
     check_alone,
     check_remedy,
@@ -20,6 +21,7 @@ from lightning_lora.callbacks.ending import (
     run_length,
     when_it_stops,
 )
+from lightning_lora.callbacks.place import run_folder
 from lightning_lora.errors import ConfigError, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
@@ -130,9 +132,10 @@ class ForgettingMonitor(Callback):
             (see `Gauges`). Nothing is decided by them.
         general_text: File or files of general text for the gauges, a text a line; None for questions of the tasks
             with their right answers.
-        dirpath: Folder for what the looks found: ``forgetting.json``, a plot, and every item of every look; None to
-            write no files. Loggers get numbers, table and plot either way.
-
+        dirpath: Folder for what the looks found: ``forgetting.json``, plots, and every item of every look; None for the
+            logger's folder, or the Trainer's ``default_root_dir`` without one. Nothing is written in ``fast_dev_run``.
+        target_metric: Name of a metric that validation logs: what was learned, in the plot of learning against
+            forgetting, where there are no `target_tasks`.
         apply_chat_template: Ask through the tokenizer's chat template; a name where it has several.
         system_instruction: A text before each prompt; with a chat template, the system's turn.
         fewshot_as_multiturn: With a chat template, whether few-shot examples are turns of their own.
@@ -177,6 +180,7 @@ class ForgettingMonitor(Callback):
         allow_code: str | Sequence[str] = (),
         base_cache: str | None = None,
         dirpath: str | Path | None = None,
+        target_metric: str = "val_loss",
     ) -> None:
         super().__init__()
         check_choice("on_forgetting", on_forgetting, TRIES)
@@ -215,7 +219,7 @@ class ForgettingMonitor(Callback):
         self.general_text = general_text
         self._gauges: Gauges | None = None
         self.dirpath = dirpath
-        self._output = ForgettingOutput(dirpath)
+        self._output = ForgettingOutput(target_metric)
         #: Measure something else at each look; see `Observer`. To be filled before `fit`.
         self.observers: list[Observer] = []
         #: Take each report with the scores behind it, on every rank. To be filled before `fit`.
@@ -311,7 +315,10 @@ class ForgettingMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts, step = self._fit(), trainer.global_step
+        self._output.learned = {}
         self._take_up(trainer)
+        folder = None if getattr(trainer, "fast_dev_run", False) else run_folder(trainer, self.dirpath)
+        self._output.begin(folder, len(parts.monitor.history), asked=self.dirpath is not None)
         self._length = run_length(trainer)
         late = self.schedule.check(self._length.steps)
         if late:
@@ -342,6 +349,12 @@ class ForgettingMonitor(Callback):
         if due and self._fit().monitor.last_step != trainer.global_step:
             metrics = self._look_if_time(trainer)
             pl_module.log_dict(metrics, logger=False, batch_size=1, on_step=False, on_epoch=True)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metric = self._output.metric
+        if is_of_run(trainer) and metric in trainer.callback_metrics:
+            self._output.learned[trainer.global_step] = float(trainer.callback_metrics[metric])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -383,6 +396,8 @@ class ForgettingMonitor(Callback):
             renew_checkpoints(trainer)
         with together("write what the looks found", WriteError):
             self._output.finish(self.history, trainer.loggers)
+        if self._output.folder is not None and self.dirpath is None:
+            rank_zero_info(f"ForgettingMonitor has written what the looks found to {self._output.folder}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -400,6 +415,7 @@ class ForgettingMonitor(Callback):
             "monitor": self._parts.monitor.state_dict(),
             "response": self._parts.response.state_dict(),
             "budget": None if budget is None else budget.state_dict(),
+            "learned": dict(self._output.learned),
         }
 
     @override
@@ -422,7 +438,7 @@ class ForgettingMonitor(Callback):
             return
         monitor.load_state_dict(state["monitor"])
         response.load_state_dict(state["response"])
-        self._output.goes_on(len(history))
+        self._output.learned = dict(state.get("learned", {}))
         if budget is not None and state["budget"] is not None:
             budget.load_state_dict(state["budget"], step)
         if response.outcome is None:

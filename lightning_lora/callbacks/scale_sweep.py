@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import warnings
@@ -14,10 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.callbacks.aside import validate_aside
+from lightning_lora.callbacks.aside import is_of_run, validate_aside
 from lightning_lora.callbacks.ending import renew_checkpoints
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+from lightning_lora.callbacks.place import run_folder
 from lightning_lora.errors import ConfigError, Notice, WriteError
 from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels
 from lightning_lora.forgetting.remedies import holds
@@ -25,6 +27,10 @@ from lightning_lora.forgetting.scales import SHAPES, at_scale, multiply_scale
 from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
 from lightning_lora.io.atomic import atomic_write
 from lightning_lora.ranks import from_rank_zero, gather, together
+from lightning_lora.reporting.learning import plot_run
+from lightning_lora.reporting.output import hand_out_figure, save_figure
+
+FILE = "scale_sweep.json"
 
 
 class ScaleSweep(Callback):
@@ -60,8 +66,8 @@ class ScaleSweep(Callback):
             scale of the first one's (LiNeS).
         tolerance: A drop of accuracy that is nobody's concern; None for that of the `ForgettingMonitor`.
         items: How many items to compare at each scale; None for the whole bank.
-        dirpath: Folder for ``scale_sweep.json``, the whole curve; None for the logger's folder, or the Trainer's
-            ``default_root_dir`` without one.
+        dirpath: Folder for ``scale_sweep.json``, the whole curve, and its plot (with matplotlib); None for the logger's
+            folder, or the Trainer's ``default_root_dir`` without one.
         tasks: Tasks of its own, given as to `ForgettingMonitor`; None for those of the one in the Trainer.
         tokenizer: With ``tasks``: folder, name or object; see `ForgettingMonitor`.
         forward: With ``tasks``: what computes logits; see `ForgettingMonitor`.
@@ -100,6 +106,7 @@ class ScaleSweep(Callback):
         self.tolerance, self.items, self.dirpath = tolerance, items, dirpath
         #: The curve and what was kept; None before the end of training.
         self.result: Sweep | None = None
+        self._learned: dict[int, float] = {}  # the metric by optimizer steps, while training went on
         self._own: ForgettingMonitor | None = None
         if tasks is not None:
             self._own = ForgettingMonitor(
@@ -113,7 +120,7 @@ class ScaleSweep(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.result = None
+        self.result, self._learned = None, {}
         if not trainer.enable_validation:
             raise ConfigError(
                 f"ScaleSweep takes the target metric `{self.monitor}` from validation, and this run has none: give the "
@@ -122,6 +129,11 @@ class ScaleSweep(Callback):
         self._check_company(trainer)
         if self._own is not None:
             self._own.on_fit_start(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_of_run(trainer) and self.monitor in trainer.callback_metrics:
+            self._learned[trainer.global_step] = float(trainer.callback_metrics[self.monitor])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,11 +214,22 @@ class ScaleSweep(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        with together(f"write {folder / 'scale_sweep.json'}", WriteError):
+        folder = run_folder(trainer, self.dirpath)
+        with together(f"write {folder / FILE}", WriteError):
             if trainer.is_global_zero:
-                with atomic_write(folder / "scale_sweep.json") as part:
+                with atomic_write(folder / FILE) as part:
                     part.write_text(json.dumps(found.to_dict(), indent=1))
+                self._draw(trainer, found, folder)
+
+    def _draw(self, trainer: Trainer, found: Sweep, folder: Path) -> None:
+        """The curve, with the looks of the monitor whose tasks were asked; where matplotlib is installed."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        history = [] if self._own is not None else self._bank(trainer).history
+        figure, _ = plot_run(history, self._learned, self.monitor, found, self.mode)
+        save_figure(figure, folder / "scale_sweep.png")
+        for logger in trainer.loggers:
+            hand_out_figure(logger, "scale_sweep", figure, found.step)
 
 
 def _over_ranks(value: float) -> float:

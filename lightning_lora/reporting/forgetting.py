@@ -61,7 +61,7 @@ def plot_forgetting(
             f"`history` has no look to draw: {len(reports)} reports"
             + ("." if learned is None else f", none at a step of `learned` ({sorted(learned)}).")
         )
-    figure, ax = _axes(ax, (7.0, 4.2))
+    figure, ax = axes_for(ax, (7.0, 4.2))
     names = list(dict.fromkeys(name for report in drawn for name in report.tasks))
     for name in [*names, POOLED] if len(names) > 1 else names:
         _draw(ax, name, drawn, learned)
@@ -90,8 +90,16 @@ def pixels(figure: Figure) -> Any:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Any, Axes]:
-    """The axes to draw on, and their figure: a new one when there are none."""
+def axes_for(ax: Axes | None, size: tuple[float, float]) -> tuple[Any, Axes]:
+    """The axes to draw on, and their figure: a new one when there are none.
+
+    Args:
+        ax: axes to draw on; None for new ones.
+        size: of a new figure [inches].
+
+    Raises:
+        MissingDependencyError: when matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError(
             "Plots need `matplotlib`, which is not installed: pip install 'lightning-lora[plot]'"
@@ -140,56 +148,3 @@ def _label_steps(ax: Axes, reports: Sequence[Report], learned: Mapping[int, floa
             f"step {step}" if step == kept[0] else str(step), (places[step], 1.0), xycoords=("data", "axes fraction"),
             xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7,
         )  # fmt: skip
-
-
-def plot_learning(
-    points: Mapping[str, Sequence[tuple[float, float]]],
-    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    base: float | None = None,
-    learned_label: str = "target loss",
-    ax: Axes | None = None,
-) -> tuple[Figure, Axes]:
-    """Learning against forgetting: each way to tune as a point, with its spread over seeds.
-
-    Example::
-
-        fig, ax = plot_learning({"LoRA": [(3.9, -9.1), (3.9, -8.7)], "scaled": [(4.4, -1.0)]}, base=5.2)
-
-    Args:
-        points: for each way, its runs: (what was learned, difference of accuracy to the base [points]). The mark is
-            their mean, the bars run from the least to the most.
-        curves: further lines to draw, such as the scales of one adapter, as the same pairs in order.
-        base: the base's value on the learning axis; it stands at a difference of 0.
-        learned_label: what the learning axis holds, with its unit; a loss, that falls to the right.
-        ax: axes to draw on; a new figure when None.
-
-    Returns:
-        The figure and the axes.
-
-    Raises:
-        ConfigError: when there is nothing to draw.
-        MissingDependencyError: when matplotlib is not installed.
-    """
-    if not points:
-        raise ConfigError("`points` is empty: there is nothing to draw.")
-    figure, ax = _axes(ax, (8.0, 4.8))
-    for name, line in (curves or {}).items():
-        ax.plot(*zip(*line, strict=True), color="0.6", linewidth=1.2, marker=".", markersize=4, label=name, zorder=2)
-    marks = "osD^vPh<X>pd"
-    for number, (name, runs) in enumerate(points.items()):
-        x, y = (sum(column) / len(runs) for column in zip(*runs, strict=True))
-        spread = [
-            [[centre - min(c)], [max(c) - centre]] for centre, c in zip((x, y), zip(*runs, strict=True), strict=True)
-        ]
-        ax.errorbar(
-            x, y, xerr=spread[0], yerr=spread[1], fmt=marks[number % len(marks)], color=f"C{number % 10}",
-            markersize=8, markeredgecolor="white", elinewidth=1.0, label=name, zorder=3,
-        )  # fmt: skip
-    if base is not None:
-        ax.plot([base], [0.0], marker="+", markersize=13, markeredgewidth=2, color="black", linestyle="", label="base")
-    ax.axhline(0.0, color="0.4", linewidth=1.0, linestyle="--", zorder=1)
-    ax.invert_xaxis()
-    ax.set_xlabel(f"{learned_label}, falling to the right: what was learned")
-    ax.set_ylabel("accuracy less the base's [points]")
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure, ax

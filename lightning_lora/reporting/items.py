@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,16 @@ def write_items(folder: Path, number: int, report: Report, rows: Sequence[Mappin
     with atomic_write(path) as beside:
         parquet.write_table(pa.Table.from_pylist(list(rows)), beside)
     return path
+
+
+def clear_items(folder: Path, number: int) -> None:
+    """Remove the files of looks from a number on: they are of an earlier run, and would pass for this one's.
+
+    Args:
+        folder: where `write_items` writes.
+        number: the next that it is given.
+    """
+    for path in folder.glob("*-step=*"):
+        named = re.fullmatch(r"(\d{4,})-(look|verdict)-step=\d+\.(parquet|jsonl)", path.name)
+        if named and int(named[1]) >= number:
+            path.unlink()

@@ -105,6 +105,7 @@ def test_what_is_kept_is_in_the_live_model_the_merge_the_files_and_the_verdict(k
     loaded = load_from_checkpoint(tiny.Student, tmp_path / "ckpt" / "last.ckpt")
     assert torch.equal(logits(loaded.net), live)
     assert Sweep.from_dict(json.loads((tmp_path / "scale_sweep.json").read_text())) == found
+    assert (tmp_path / "scale_sweep.png").read_bytes()[:4] == b"\x89PNG"
     # the verdict
     assert monitor.report is not None
     assert monitor.report.kind == "verdict"

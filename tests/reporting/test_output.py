@@ -17,11 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_lora import ForgettingMonitor, LoRA
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import Notice
 from lightning_lora.forgetting.scoring import ItemScore
-from lightning_lora.reporting import plot_learning
 from lightning_lora.reporting.items import item_rows, write_items
-from lightning_lora.reporting.output import hand_out
+from lightning_lora.reporting.output import ForgettingOutput
 from lightning_lora.reporting.table import markdown_table, plain_table
 from tests.forgetting import tiny
 from tests.helpers import make_trainer
@@ -33,9 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run with files and three loggers."""
     folder = tmp_path_factory.mktemp("run")
     tasks = [tiny.write_task(folder / "tasks", name, tiny.items(24, seed=seed)) for seed, name in enumerate("ab")]
+    target = tiny.write_task(folder / "tasks", "domain", tiny.items(12, seed=2))
     monitor = ForgettingMonitor(
-        [str(task) for task in tasks], tiny.tokenizer(), every_n_steps=2, items_per_eval=8, dirpath=folder / "out"
-    )
+        [str(task) for task in tasks], tiny.tokenizer(), every_n_steps=2, items_per_eval=8, dirpath=folder / "out",
+        target_tasks=str(target),
+    )  # fmt: skip
     loggers = [CSVLogger(folder, "csv"), TensorBoardLogger(folder, "board")]
     checkpoint = ModelCheckpoint(folder / "kept", every_n_train_steps=2, save_top_k=-1)
     L.seed_everything(0)
@@ -51,13 +52,14 @@ def test_files_of_a_run(folder: Path) -> None:
     assert [(report["kind"], report["step"]) for report in written] == [
         ("look", 0), ("look", 2), ("look", 4), ("verdict", 4)
     ]  # fmt: skip
-    assert (folder / "out/forgetting.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("forgetting", "learning"):
+        assert (folder / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
     files = sorted((folder / "out/items").iterdir())
     assert [file.stem for file in files] == [
         "0000-look-step=0", "0001-look-step=2", "0002-look-step=4", "0003-verdict-step=4"
     ]  # fmt: skip
     rows = read(files[-1])
-    assert len(rows) == 48
+    assert len(rows) == 60
     for name in "ab":
         own = [row for row in rows if row["task"] == name]
         assert sum(row["correct"] for row in own) / 24 == pytest.approx(written[-1]["tasks"][name]["acc"])
@@ -87,9 +89,10 @@ def test_items_without_pyarrow_are_json_lines(tmp_path: Path, monkeypatch: pytes
 def test_csv_logger_gets_files(folder: Path) -> None:
     (log,) = (folder / "csv").iterdir()
     rows = list(csv.DictReader((log / "forgetting.csv").open()))
-    assert [row["task"] for row in rows] == ["a", "b", "pooled"]
-    assert rows[-1]["items"] == "48"
-    assert (log / "forgetting.png").stat().st_size > 5_000
+    assert [row["task"] for row in rows] == ["a", "b", "pooled", "domain (target)"]
+    assert rows[2]["items"] == "48"
+    for name in ("forgetting", "learning"):
+        assert (log / f"{name}.png").stat().st_size > 5_000
     assert "forgetting/kl_general" in (log / "metrics.csv").read_text().splitlines()[0]
 
 
@@ -100,25 +103,75 @@ def test_tensorboard_gets_text_and_image(folder: Path) -> None:
     events = EventAccumulator(str(log), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
     (text,) = events.Tensors("forgetting/table/text_summary")
     assert b"| pooled | 48 |" in text.tensor_proto.string_val[0]
-    (image,) = events.Images("forgetting/plot")
-    assert (image.step, image.width > 400) == (4, True)
+    for plot in ("forgetting/plot", "learning/plot"):
+        (image,) = events.Images(plot)
+        assert (image.step, image.width > 400) == (4, True)
     assert [event.step for event in events.Scalars("forgetting/pooled/delta")] == [0, 2, 4, 4]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
-def test_wandb_gets_a_table_and_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_lora.reporting import plot_forgetting
+def test_wandb_gets_numbers_a_table_and_images_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real run with the real logger, offline: nothing is sent, and nothing is left outside its folder."""
+    import wandb
 
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
-    hand_out(logger, HISTORY[-1], plot_forgetting(HISTORY)[0])
-    summary = dict(logger.experiment.summary)
-    media = [path.suffix for path in Path(logger.experiment.dir).rglob("media/**/*.*")]
-    logger.experiment.finish()
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # wandb reports its own errors home, offline too
+    (tmp_path / "wandb-home").mkdir()
+    logger = WandbLogger(save_dir=tmp_path / "logs", offline=True)
+    tasks = [str(tiny.write_task(tmp_path / "tasks", name, tiny.items(8, seed=1))) for name in ("a", "domain")]
+    monitor = ForgettingMonitor(tasks[0], tiny.tokenizer(), items_per_eval=4, target_tasks=tasks[1])
+    trainer = make_trainer(tmp_path, [LoRA(r=4), monitor], max_steps=2, logger=logger)
+    trainer.fit(tiny.Student(), tiny.loader())
+    run = logger.experiment
+    summary, folder = dict(run.summary), Path(run.dir)
+    wandb.teardown()  # ends its process too
+    assert run.offline
+    assert monitor.report is not None
+    assert summary["forgetting/a/acc"] == monitor.report.tasks["a"].acc
     assert summary["forgetting/table"]["_type"] == "table-file"
-    assert summary["forgetting/plot"]["_type"].startswith("images")
-    assert sorted(media) == [".json", ".png"]
+    assert summary["forgetting/table"]["nrows"] == 2
+    for name in ("forgetting/plot", "learning/plot"):
+        assert summary[name]["_type"].startswith("images")
+    media = sorted(path.suffix for path in folder.rglob("media/**/*.*"))
+    assert media == [".json", ".png", ".png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "tasks", "wandb-home"]
+    assert (tmp_path / "logs/forgetting.json").exists()
+
+
+def test_files_go_beside_the_logs_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = tiny.write_task(tmp_path / "tasks", "a", tiny.items(8, seed=1))
+
+    def fit(steps: int, logger: Any = False, **kwargs: Any) -> None:
+        monitor = ForgettingMonitor(str(task), tiny.tokenizer(), every_n_steps=1, items_per_eval=4, gauges=False)
+        trainer = make_trainer(tmp_path / "root", [LoRA(r=4), monitor], max_steps=steps, logger=logger, **kwargs)
+        trainer.fit(tiny.Student(), tiny.loader(), tiny.loader(8))
+
+    fit(1, fast_dev_run=True)
+    assert not (tmp_path / "root").exists()
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        fit(3)
+    said = [record.message for record in caplog.records if "what the looks found" in record.message]
+    assert said == [f"ForgettingMonitor has written what the looks found to {tmp_path / 'root'}"]
+    assert len(list((tmp_path / "root/items").iterdir())) == 5
+    fit(1)  # another run in the same folder: no look of the first is left
+    assert [path.stem for path in sorted((tmp_path / "root/items").iterdir())] == [
+        "0000-look-step=0", "0001-look-step=1", "0002-verdict-step=1"
+    ]  # fmt: skip
+    fit(1, logger=CSVLogger(tmp_path / "logs"))
+    (log,) = (tmp_path / "logs/lightning_logs").iterdir()
+    assert {"forgetting.json", "forgetting.png", "forgetting.csv", "metrics.csv", "items"} <= {
+        path.name for path in log.iterdir()
+    }
+
+
+def test_a_default_folder_where_a_file_stands_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = ForgettingOutput()
+    with pytest.warns(Notice, match="cannot be written to"):
+        output.begin(tmp_path / "file", 0, asked=False)
+    assert output.folder is None
 
 
 def test_tables_say_what_the_report_says() -> None:
@@ -144,19 +197,6 @@ def test_table_is_printed_with_and_without_rich(
     assert ("━" in shown) == rich
 
 
-def test_learning_against_forgetting() -> None:
-    fig, ax = plot_learning(
-        {"LoRA": [(3.9, -9.0), (3.7, -8.0)], "BaseKL": [(4.1, -3.0)]}, {"scales": [(5.2, 0.0), (4.4, -1.0)]}, base=5.2
-    )
-    centres = {c.get_label(): (c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in ax.containers}
-    assert centres["LoRA"] == pytest.approx((3.8, -8.5))
-    assert centres["BaseKL"] == pytest.approx((4.1, -3.0))
-    assert ax.xaxis_inverted()
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"LoRA", "BaseKL", "scales", "base"}
-    with pytest.raises(ConfigError, match="`points` is empty"):
-        plot_learning({})
-
-
 PYPLOT = """
 import sys
 from pathlib import Path
@@ -164,7 +204,10 @@ import matplotlib
 matplotlib.use("svg")
 from tests.reporting.test_forgetting import HISTORY
 from lightning_lora.reporting.output import ForgettingOutput
-ForgettingOutput(Path(sys.argv[1])).finish(HISTORY)
+output = ForgettingOutput()
+output.begin(Path(sys.argv[1]), 0)
+output.learned = {0: 4.0, 10: 3.0}
+output.finish(HISTORY)
 assert matplotlib.get_backend() == "svg", matplotlib.get_backend()
 assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 """
@@ -174,4 +217,4 @@ def test_backend_stays_the_users_and_no_figure_is_kept(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]  # from where `tests` can be imported
     done = subprocess.run([sys.executable, "-c", PYPLOT, str(tmp_path)], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "forgetting.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"forgetting.json", "forgetting.png", "learning.png"}
