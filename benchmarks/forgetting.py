@@ -65,7 +65,7 @@ def monitor(tasks: Path, on_forgetting: str) -> ForgettingMonitor:
     return ForgettingMonitor(
         [str(tasks / "looks" / f"{name}.yaml") for name in TASK_NAMES],
         tokenizer=str(MODEL_DIR), at_steps=LOOKS, items_per_eval=ITEMS, tolerance=TOLERANCE, on_fit_start=False,
-        on_fit_end=False, on_forgetting=on_forgetting,
+        on_fit_end=False, on_forgetting=on_forgetting, dirpath=tasks.parent / on_forgetting,
     )  # fmt: skip
 
 

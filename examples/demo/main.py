@@ -43,6 +43,7 @@ def callbacks(out: Path, items: int) -> list[L.Callback]:
             tokenizer=str(MODEL_DIR),
             at_steps=LOOKS,
             items_per_eval=items,
+            dirpath=out / "looks",
         ),
         MergeOnFitEnd(out / "merged"),
     ]
