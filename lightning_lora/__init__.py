@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
     from lightning_lora.callbacks.replay_mix import ReplayMix
+    from lightning_lora.callbacks.run_report import RunReport
     from lightning_lora.callbacks.scale_sweep import ScaleSweep
     from lightning_lora.causal_lm.datamodule import InstructionDataModule
     from lightning_lora.causal_lm.module import CausalLMModule
@@ -79,6 +80,7 @@ _HOME = {
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
     "Plan": "planning.result",
     "ReplayMix": "callbacks.replay_mix",
+    "RunReport": "callbacks.run_report",
     "ScaleSweep": "callbacks.scale_sweep",
     "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
@@ -123,6 +125,7 @@ __all__ = [
     "MergeOnFitEnd",
     "Plan",
     "ReplayMix",
+    "RunReport",
     "ScaleSweep",
     "active_adapter",
     "adapter_state_dict",

@@ -81,7 +81,10 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("scoring", "degeneration", "gauges"),
         *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),
     ),
-    "reporting": ("forgetting", "learning", "summary", "diagnostics", "table", "items", "output"),
+    "reporting": (
+        *("forgetting", "learning", "summary", "diagnostics", "table", "items", "output"),
+        *("curves", "record", "reading", "words", "heat", "vector", "page"),
+    ),
     "strategies": (
         *("checkpoint_io", "unfinished", "state", "sharded"),
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
@@ -90,13 +93,13 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
         *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
-        "scale_sweep",
+        *("scale_sweep", "run_report"),
     ),
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),
     ),
     "planning": ("devices", "architecture", "activations", "estimate", "advice", "result", "plan"),
-    "cli": ("inspect", "merge", "plan", "fit_cli", "fit", "main"),
+    "cli": ("inspect", "merge", "plan", "report", "fit_cli", "fit", "main"),
 }
 
 ANYWHERE, IN_FUNCTIONS = "anywhere in the file", "inside a function"
@@ -121,6 +124,7 @@ LIBRARIES: dict[str, Rule] = {
     "lm_eval": Rule(("forgetting",), IN_FUNCTIONS),
     "transformers": Rule(("",), IN_FUNCTIONS),
     "matplotlib": Rule(("reporting",), IN_FUNCTIONS),
+    "jinja2": Rule(("reporting",), IN_FUNCTIONS),
     "jsonargparse": Rule(("cli",), ANYWHERE),
     "peft": Rule((), ANYWHERE),
     "accelerate": Rule((), ANYWHERE),

@@ -219,6 +219,7 @@ class ForgettingMonitor(Callback):
         self.general_text = general_text
         self._gauges: Gauges | None = None
         self.dirpath = dirpath
+        self.target_metric = target_metric
         self._output = ForgettingOutput(target_metric)
         #: Measure something else at each look; see `Observer`. To be filled before `fit`.
         self.observers: list[Observer] = []
@@ -352,9 +353,8 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metric = self._output.metric
-        if is_of_run(trainer) and metric in trainer.callback_metrics:
-            self._output.learned[trainer.global_step] = float(trainer.callback_metrics[metric])
+        if is_of_run(trainer) and self.target_metric in trainer.callback_metrics:
+            self._output.learned[trainer.global_step] = float(trainer.callback_metrics[self.target_metric])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from lightning_lora import errors
-from lightning_lora.cli import fit, inspect, merge, plan
+from lightning_lora.cli import fit, inspect, merge, plan, report
 
-COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge, "plan": plan}
+COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge, "plan": plan, "report": report}
 FOUND, FAILED = 1, 2
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORGETTING_LABEL = "general tasks: accuracy less the base's [points]"
-TARGET_LABEL = "target tasks: accuracy less the base's [points]"
+FORGETTING_LABEL = "general tasks: accuracy vs base [points]"
+TARGET_LABEL = "target tasks: accuracy vs base [points]"
 
 
 class Place(NamedTuple):
@@ -86,6 +86,8 @@ def plot_run(
     falls = learned is not None and mode == "min"
     if falls:
         ax.invert_xaxis()
+    for place in dict.fromkeys([*places[:1], *places[-1:]]):
+        _name(ax, place.name, place.x, place.y, above=place is places[0])
     ax.set_xlabel(
         TARGET_LABEL if learned is None else f"{learned_label}, {'falling' if falls else 'rising'} to the right"
     )
@@ -162,8 +164,6 @@ def _draw_run(ax: Axes, places: Sequence[Place]) -> None:
             p.x, p.y, xerr=Z95 * p.x_se, yerr=Z95 * p.y_se, fmt="o", markersize=9, color="C0", elinewidth=1.8,
             capsize=4, markeredgecolor="white", label="verdict" if p is verdicts[0] else "_verdict", zorder=5,
         )  # fmt: skip
-    for p in dict.fromkeys([places[0], places[-1]]):
-        _name(ax, p.name, p.x, p.y, (7, 7))
 
 
 def _draw_sweep(ax: Axes, sweep: Sweep) -> None:
@@ -174,7 +174,7 @@ def _draw_sweep(ax: Axes, sweep: Sweep) -> None:
         marker="s", markersize=4, label=f"scales of the adapter, {sweep.shape}", zorder=2,
     )  # fmt: skip
     for point, at in zip(points, y, strict=True):
-        _name(ax, f"{point.scale:g}", point.target, at, (-4, -11))
+        _name(ax, f"{point.scale:g}", point.target, at, above=False)
         if point.scale == sweep.scale:
             ax.plot(
                 [point.target], [at], marker="*", markersize=16, color="C1", markeredgecolor="black", linestyle="",
@@ -182,8 +182,13 @@ def _draw_sweep(ax: Axes, sweep: Sweep) -> None:
             )  # fmt: skip
 
 
-def _name(ax: Axes, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
-    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=8, zorder=7)
+def _name(ax: Axes, text: str, x: float, y: float, above: bool) -> None:
+    """Write beside a point, towards the middle of the plot."""
+    left = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[0] < 0.5
+    ax.annotate(
+        text, (x, y), xytext=(6 if left else -6, 6 if above else -12), textcoords="offset points", fontsize=8,
+        ha="left" if left else "right", zorder=7,
+    )  # fmt: skip
 
 
 def plot_learning(

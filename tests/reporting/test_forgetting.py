@@ -18,7 +18,7 @@ def report(step: int, kind: str = "look", **deltas: float) -> Report:
 
     tasks = {name: found(delta) for name, delta in deltas.items()}
     pooled = found(sum(deltas.values()) / len(deltas))
-    return Report(step, kind, tasks, pooled, {"pooled": 0.0}, 0.01, [], 0.1)
+    return Report(step, kind, tasks, pooled, alarms=[], seconds=0.1)
 
 
 HISTORY = [report(0, a=0.0, b=0.0), report(10, a=-0.02, b=-0.04), report(10, "verdict", a=-0.03, b=-0.05)]
