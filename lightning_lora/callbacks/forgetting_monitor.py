@@ -318,8 +318,7 @@ class ForgettingMonitor(Callback):
         parts, step = self._fit(), trainer.global_step
         self._output.learned = {}
         self._take_up(trainer)
-        folder = None if getattr(trainer, "fast_dev_run", False) else run_folder(trainer, self.dirpath)
-        self._output.begin(folder, len(parts.monitor.history), asked=self.dirpath is not None)
+        self._output.begin(self._folder(trainer), len(parts.monitor.history), asked=self.dirpath is not None)
         self._length = run_length(trainer)
         late = self.schedule.check(self._length.steps)
         if late:
@@ -453,6 +452,16 @@ class ForgettingMonitor(Callback):
         )
         monitor.begin_anew()
         response.forget()
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        """Where files go: of several monitors that were given no folder, the first has that of the run to itself."""
+        folder = run_folder(trainer, self.dirpath)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        beside = [c for c in callbacks if isinstance(c, ForgettingMonitor) and c.dirpath is None]
+        number = next((i for i, other in enumerate(beside) if other is self), 0)
+        if getattr(trainer, "fast_dev_run", False):
+            return None
+        return folder / f"monitor_{number + 1}" if number else folder
 
     def _is_due(self, before: int, now: int) -> bool:
         budget = self._fit().sizes.budget

@@ -143,9 +143,12 @@ def test_wandb_gets_numbers_a_table_and_images_of_a_run(tmp_path: Path, monkeypa
 def test_files_go_beside_the_logs_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = tiny.write_task(tmp_path / "tasks", "a", tiny.items(8, seed=1))
 
-    def fit(steps: int, logger: Any = False, **kwargs: Any) -> None:
-        monitor = ForgettingMonitor(str(task), tiny.tokenizer(), every_n_steps=1, items_per_eval=4, gauges=False)
-        trainer = make_trainer(tmp_path / "root", [LoRA(r=4), monitor], max_steps=steps, logger=logger, **kwargs)
+    def fit(steps: int, logger: Any = False, beside: bool = False, **kwargs: Any) -> None:
+        monitors = [
+            ForgettingMonitor(str(task), tiny.tokenizer(), every_n_steps=1, items_per_eval=4, gauges=False, seed=seed)
+            for seed in range(1 + beside)
+        ]
+        trainer = make_trainer(tmp_path / "root", [LoRA(r=4), *monitors], max_steps=steps, logger=logger, **kwargs)
         trainer.fit(tiny.Student(), tiny.loader(), tiny.loader(8))
 
     fit(1, fast_dev_run=True)
@@ -159,6 +162,9 @@ def test_files_go_beside_the_logs_by_default(tmp_path: Path, caplog: pytest.LogC
     assert [path.stem for path in sorted((tmp_path / "root/items").iterdir())] == [
         "0000-look-step=0", "0001-look-step=1", "0002-verdict-step=1"
     ]  # fmt: skip
+    fit(1, beside=True, default_root_dir=tmp_path / "two")
+    for folder in ("two", "two/monitor_2"):
+        assert len(json.loads((tmp_path / folder / "forgetting.json").read_text())) == 3
     fit(1, logger=CSVLogger(tmp_path / "logs"))
     (log,) = (tmp_path / "logs/lightning_logs").iterdir()
     assert {"forgetting.json", "forgetting.png", "forgetting.csv", "metrics.csv", "items"} <= {
