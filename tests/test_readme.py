@@ -259,7 +259,7 @@ def test_shell_block_would_run(block: Block) -> None:
     [
         "make demonstration",
         'pip install "lightning-lora[quantum]"',
-        "python examples/cli/main.py fit --trainer.callbacks+=lightning_lora.LoRaaa",
+        "python examples/02_lightning_cli/main.py fit --trainer.callbacks+=lightning_lora.LoRaaa",
         "lightning-lora inspect adapter --rank 3",
         "lightning-lora fit --model.base base --lora.rank 3",
         'unshare -n sh -c "ip link set lo up; frobnicate"',

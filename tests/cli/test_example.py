@@ -18,7 +18,7 @@ from lightning_lora import ForgettingMonitor
 from tests.test_readme import write_tasks
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "examples/cli/config.yaml"
+CONFIG = ROOT / "examples/02_lightning_cli/config.yaml"
 
 
 def test_first_line_is_the_command_that_runs_it() -> None:
@@ -52,7 +52,13 @@ def test_config_runs_the_main_job(tmp_path: Path) -> None:
 def test_example_runs_as_its_first_line_says(tmp_path: Path) -> None:
     """The command itself, in a folder that has the examples where the repository has them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    command = [sys.executable, "examples/cli/main.py", "fit", "--config", "examples/cli/config.yaml"]
+    command = [
+        sys.executable,
+        "examples/02_lightning_cli/main.py",
+        "fit",
+        "--config",
+        "examples/02_lightning_cli/config.yaml",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "--trainer.max_steps=12"], cwd=tmp_path, env=env, check=True, timeout=900)
     assert (tmp_path / "outputs/cli/merged/config.json").is_file()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plain LightningCLI over an ordinary LightningModule and DataModule: the adapters come from the YAML.
 
-python examples/cli/main.py fit --config examples/cli/config.yaml
+python examples/02_lightning_cli/main.py fit --config examples/02_lightning_cli/config.yaml
 """
 
 from __future__ import annotations
