@@ -107,8 +107,8 @@ class ForgettingMonitor(Callback):
         every_n_epochs: Look at the end of every so many epochs; None for never.
         at_steps: Further optimizer steps at which to look, from 1.
         at_fractions: Further shares of the run at which to look, such as ``[0.1, 0.5]``; above 0, up to 1.
-        max_time_fraction: Share of the run's wall clock that looks and verdict may take, such as 0.05; None for no
-            limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training has paid for by
+        max_time_fraction: Share of the run's wall clock that looks, verdict and what an alarm does may take, such as
+            0.05; None for no limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training has paid for by
             then, on the pace measured so far; gauges and looks for which there is no time are left out. Without another
             schedule it also says when to look.
         on_fit_start: Look before the first step.
@@ -487,7 +487,8 @@ class ForgettingMonitor(Callback):
 
     def _verdict(self, trainer: Trainer) -> None:
         parts, step = self._fit(), trainer.global_step
-        items, observe = parts.sizes.verdict()
+        last = parts.response.outcome is not None or not parts.response.changes_adapters
+        items, observe = parts.sizes.verdict(last)
         if items == 0:
             share = self.max_time_fraction
             notice(f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lightning_lora.forgetting.budget import CAUTION, Budget
+from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
 from lightning_lora.forgetting.monitor import Monitor
 from lightning_lora.ranks import from_rank_zero
 
@@ -27,6 +27,7 @@ class Sizes:
     def __init__(self, monitor: Monitor, budget: Budget | None, verdict: bool, tries: int) -> None:
         self.monitor = monitor
         self.budget = budget
+        self.tries = tries
         # A remedy is followed by a second verdict where there was one.
         self.at_end = (1 + bool(tries)) * verdict + tries
 
@@ -87,29 +88,32 @@ class Sizes:
             self._with_gauges(self.look_passes, self.monitor.bank.items_per_look, self.budget.for_look(self._reserve()))
         )
 
-    def verdict(self) -> tuple[int | None, bool]:
+    def verdict(self, last: bool) -> tuple[int | None, bool]:
         """Items of the verdict, 0 for none, and whether there is time for gauges.
 
-        Where a remedy may follow, something is left for it.
+        Args:
+            last: whether no remedy can follow any more, for which something would be left.
         """
         if self.budget is None:
             return None, True
         size = max(self.monitor.bank.size, self.monitor.target_bank.size)
-        return from_rank_zero(
-            self._with_gauges(self.verdict_passes, size, self.budget.balance / max(1, self.at_end), early=False)
-        )
+        seconds = self.budget.balance / (1 if last else max(1, self.at_end))
+        return from_rank_zero(self._with_gauges(self.verdict_passes, size, seconds, early=False))
 
     def remedy(self) -> int | None:
         """Items on which a remedy's candidates must hold.
 
-        Never fewer than those of a look, even where the budget has no time for them: to choose on fewer would be
-        a guess, and it is done once.
+        As many as leave the verdict after it its share; where those would be fewer than a look's, the remedy comes
+        first. A handful is taken even where the budget has no time for it: it is done once, and not on nothing.
         """
         if self.budget is None:
             return None
-        bank = self.monitor.bank
-        found = self.budget.largest(self.verdict_passes, bank.size, self.budget.balance / self.at_end)
-        return from_rank_zero(max(found, min(bank.size, bank.items_per_look)))
+        bank, seconds = self.monitor.bank, self.budget.balance
+        look = min(bank.size, bank.items_per_look)
+        found = self.budget.largest(self.verdict_passes, bank.size, seconds / self.at_end)
+        if found < look:
+            found = self.budget.largest(self.verdict_passes, look, seconds / self.tries)
+        return from_rank_zero(max(found, min(bank.size, FEWEST)))
 
     def plan(self, step: int, end: int | None) -> None:
         """Say when the next look is due, where no schedule does.

@@ -82,6 +82,31 @@ def test_share_of_wall_time_stays_within_the_budget(task: str, steps: int) -> No
         assert spent / seconds > 0.05
 
 
+class Breaks(L.Callback):
+    """Training that destroys the model from its first step on."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 0.5
+
+
+@pytest.mark.slow
+@by_the_clock
+@pytest.mark.parametrize("action", ["scale", "rollback"])
+def test_a_remedy_is_paid_from_the_budget_too(tmp_path: Path, action: Any) -> None:
+    """An early alarm: there is no time to ask a look's items about every scale."""
+    known = tiny.write_task(tmp_path, "known", tiny.known_items(tiny.llama(), 300, seed=3))
+    monitor = ForgettingMonitor(
+        str(known), tiny.tokenizer(), every_n_steps=10, max_time_fraction=0.1, on_forgetting=action, gauges=False
+    )
+    seconds = fit(monitor, Breaks(), max_steps=1000)
+    assert monitor.outcome is not None
+    assert monitor.outcome["step"] < 1000
+    assert 8 <= monitor.outcome["items"] < 250
+    spent = monitor.state_dict()["budget"]["spent"]
+    assert sum(report.seconds for report in monitor.history) < spent <= 0.1 * seconds
+
+
 def test_a_run_without_time_for_a_verdict_says_so(task: str) -> None:
     monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.001)
     with pytest.warns(Notice, match="too short for a verdict within `max_time_fraction`=0.001"):

@@ -6,12 +6,22 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
+from lightning_lora.forgetting.monitor import Monitor
+from lightning_lora.forgetting.response import TRIES, Response
+from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.sizes import Sizes
+from lightning_lora.forgetting.tasks import POOLED, load_tasks
+from tests.forgetting import tiny
 
 
 class Clock:
@@ -92,6 +102,44 @@ def test_share_holds_wherever_the_run_ends(
     found = run.go(steps, end=end)
     debt = (fixed + item * 6) * 1.3
     assert found <= max(share, debt / (debt + end * step)) + 1e-9
+
+
+@pytest.mark.parametrize("action", ["scale", "rollback"])
+@pytest.mark.parametrize("trained", [200.0, 600.0, 6000.0])
+def test_a_remedy_and_the_verdict_after_it_are_paid_from_the_budget(
+    task_folder: Path, tokenizer: Any, action: str, trained: float
+) -> None:
+    """A real model, whose every row takes a tenth of a second of the test's clock; the alarm comes early or late."""
+    clock = Clock()
+
+    def forward(module: nn.Module, ids: Tensor) -> Tensor:
+        clock.now += 0.1 * len(ids)
+        return module(ids).logits
+
+    share, model = 0.2, tiny.adapted(0.3)
+    monitor = Monitor(load_tasks(str(task_folder / "known.yaml")), items_per_look=60)
+    budget = Budget(share, clock)
+    sizes = Sizes(monitor, budget, verdict=True, tries=TRIES[action])
+    response, scorer = Response(action, monitor, sizes), Scorer(model, tokenizer, forward=forward)
+    response.begin(model, 0)
+    response.snapshots.take(model, 5)
+    budget.begin(0)
+    for step, seconds in enumerate([0.0, trained / 2, trained / 2]):
+        clock.now += seconds
+        items, _ = sizes.look(step, None) if step else sizes.first()
+        with sizes.spending(step, sizes.look_passes(items)):
+            report = monitor.look(scorer, step, items=items)
+    with sizes.spending(2):
+        response.hear(scorer, replace(report, alarms=[POOLED]), at_once=True)
+    assert response.outcome is not None
+    assert FEWEST <= response.outcome["items"] <= 60
+    items, _ = sizes.verdict(last=True)
+    if items:
+        with sizes.spending(2, sizes.verdict_passes(items)):
+            monitor.verdict(scorer, 2, items)
+    assert items or trained < 6000.0
+    assert budget.spent <= share * (clock.now - 100.0)
+    assert (response.outcome["items"] == 60) is (trained == 6000.0)
 
 
 def test_without_a_look_nothing_is_foretold() -> None:
