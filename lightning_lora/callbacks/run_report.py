@@ -120,7 +120,7 @@ class RunReport(Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._seen.add(loss)
+            self._seen.add(loss * trainer.accumulate_grad_batches)  # by which Lightning has divided it
         n = getattr(trainer, "log_every_n_steps", 0) or _EVERY
         if trainer.global_step // n > self._seen.kept_step // n:
             self._seen.keep_loss(trainer.global_step)
@@ -191,12 +191,13 @@ def _watch(monitor: ForgettingMonitor) -> Watch:
 
 
 def _facts(trainer: Trainer, seconds: float) -> dict[str, str]:
+    epochs = trainer.current_epoch + (0 if trainer.fit_loop.done else 1)
     return {
         "optimizer steps": f"{trainer.global_step:,}",
-        "epochs begun": str(trainer.current_epoch + (0 if trainer.fit_loop.done else 1)),
+        f"epoch{'' if epochs == 1 else 's'} begun": str(epochs),
         "of training, looks included": str(timedelta(seconds=round(seconds))),
-        "processes": str(trainer.world_size),
-        "strategy": type(trainer.strategy).__name__,
+        f"process{'' if trainer.world_size == 1 else 'es'}": str(trainer.world_size),
+        "is the strategy": type(trainer.strategy).__name__,
     }
 
 

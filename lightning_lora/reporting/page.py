@@ -18,6 +18,7 @@ from lightning_lora.reporting.learning import places_of, plot_run
 from lightning_lora.reporting.record import RunRecord, Watch
 from lightning_lora.reporting.vector import can_draw, page_style, svg_of
 from lightning_lora.reporting.words import Verdict, interval, verdict_in_words
+from lightning_lora.reporting.words import points as in_points
 
 TEMPLATE = "report.html"
 
@@ -193,17 +194,21 @@ def _sweep(record: RunRecord, drawing: bool) -> _Swept:
             f"{point.target:.4g}",
             f"{100 * point.pooled.delta:+.2f}",
             interval(point.pooled.delta, point.pooled.delta_se),
+            f"{100 * point.pooled.soft_delta:+.2f}",
             "yes" if point.holds else "no",
         )
         for point in found.points
     ]
-    head = ("share of the adapter", found.monitor, "difference [points]", "95 % interval [points]", "holds")
+    head = (
+        *("share of the adapter", found.monitor, "difference [points]", "95 % interval [points]"),
+        *("of soft accuracy [points]", "holds"),
+    )
     way = "of all layers alike" if found.shape == "uniform" else "of the first layer, rising to all of the last one"
     words = (
         f"Of the adapter {100 * found.scale:g} % was kept ({way}): the best {found.monitor} among the shares that lie "
-        f"below the base by no more than {100 * found.tolerance:g} points."
+        f"below the base by no more than {in_points(found.tolerance)}."
         if found.holds
-        else f"At no share above 0 does the model hold (a drop of at most {100 * found.tolerance:g} points); the "
+        else f"At no share above 0 does the model hold (a drop of at most {in_points(found.tolerance)}); the "
         f"smallest one tried, {100 * found.scale:g} % ({way}), was kept."
     )
     pictures = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures as SVG inside a page: text stays text, black and white are the page's own, so that dark pages work too."""
+"""Figures as SVG inside a page: text stays text, and colours are the page's own, so that dark pages work too."""
 
 from __future__ import annotations
 
@@ -59,4 +59,7 @@ def svg_of(figure: Any, description: str) -> str:
     opening = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{escape(description, quote=True)}">'
     text = opening + text[text.index(">") + 1 :]
     text = re.sub(r'<g id="[^"]*">', "<g>", text).replace("xlink:href", "href")
-    return re.sub(r"#000000\b", "currentColor", text).replace("#ffffff", "var(--page)")
+    text = re.sub(r"#000000\b", "currentColor", text).replace("#ffffff", "var(--page)")
+    for number, colour in enumerate(COLOURS):
+        text = text.replace(colour.lower(), f"var(--c{number})")  # the page has a lighter one for the dark
+    return text

@@ -39,10 +39,9 @@ def verdict_in_words(watch: Watch) -> Verdict:
     history = [Report.from_dict(values) for values in watch.history]
     report = next((r for r in reversed(history) if r.kind == "verdict"), history[-1])
     mark, headline, judgement = _judged(report, watch.tolerance)
-    sentences = [_compared(report), judgement, *_of_looks(history, watch.alpha)]
+    sentences = [_compared(report), _before(history, report), judgement, *_of_looks(history, watch.alpha)]
     if watch.outcome:
         sentences.append(outcome_text(watch.outcome))
-    sentences.append(_before(history, report))
     if report.learning:
         sentences.append(_learned(report))
     return Verdict(mark, headline, [sentence for sentence in sentences if sentence])
@@ -55,7 +54,17 @@ def interval(delta: float, error: float) -> str:
         delta: a difference [share of items].
         error: its standard error [share of items].
     """
-    return f"{100 * (delta - Z95 * error):+.1f} to {100 * (delta + Z95 * error):+.1f}"
+    low, high = (round(100 * (delta + sign * Z95 * error), 1) + 0.0 for sign in (-1, 1))  # no "-0.0"
+    return f"{low:+.1f} to {high:+.1f}"
+
+
+def points(share: float) -> str:
+    """A share of items in points.
+
+    Args:
+        share: of items.
+    """
+    return f"{100 * share:g} point{'' if round(100 * share, 9) == 1 else 's'}"
 
 
 def _compared(report: Report) -> str:
@@ -78,18 +87,18 @@ def _judged(report: Report, tolerance: float | None) -> tuple[str, str, str]:
     found = report.pooled
     if report.alarms:
         names = ", ".join("all tasks together" if name == POOLED else name for name in report.alarms)
-        above = "" if tolerance is None else f" by more than the tolerance of {100 * tolerance:g} points"
+        above = "" if tolerance is None else f" by more than the tolerance of {points(tolerance)}"
         return "forgets", "The model forgets", f"It lies below its base{above}, and not by chance, in: {names}."
     if tolerance is None:
         words = "No drop above the run's tolerance was shown; how much that is the files do not say."
         return "open", f"No alarm by the {report.kind}", words
-    allowed = f"{100 * tolerance:g} points"
+    allowed = points(tolerance)
     if report.kind == "verdict" and found.n_items > 1 and -(found.delta - Z95 * _error(found)) <= tolerance:
         return "holds", "The model holds", f"A drop of more than {allowed}, the tolerance, is excluded at 95 %."
     sd = _error(found) * math.sqrt(found.n_items)
     needed = required_items(2 * tolerance, sd, tolerance=tolerance) if tolerance > 0 else 0
     more = (
-        f" To tell a drop of {200 * tolerance:g} points from it takes about {needed:,} items like these."
+        f" To tell a drop of {points(2 * tolerance)} from it takes about {needed:,} items like these."
         if needed > found.n_items
         else ""
     )
@@ -126,7 +135,7 @@ def _before(history: Sequence[Report], report: Report) -> str:
         return ""
     found = earlier[0].pooled
     return (
-        f"That is of the adapters as they were kept; as they were trained the difference was "
+        f"These are the adapters as they were kept; as they were trained the difference was "
         f"{100 * found.delta:+.1f} points (95 % interval {interval(found.delta, found.delta_se)})."
     )
 
