@@ -26,6 +26,7 @@ from lightning_lora.io.conversion import fit
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.folder import compare_shapes, near
 from lightning_lora.io.integrity import check_finite
+from lightning_lora.io.kinds import LORA, SAVED, kind_of
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.io.resident import say_narrower
 from lightning_lora.model.apply import adapter_record, adapter_slots, apply_lora, is_adapted
@@ -35,7 +36,6 @@ from lightning_lora.model.plain import plain_view
 from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
 from lightning_lora.model.targets import Targets, find_targets
 from lightning_lora.nn.adapter import AdapterModule, Held
-from lightning_lora.nn.linear import LoRALinear, linear_shape
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,10 @@ def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str |
 def _shapes(view: nn.Module, config: LoRAConfig, targets: Targets) -> dict[str, tuple[int, ...]]:
     """What a checkpoint of this configuration holds, over the modules of a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for raw in targets.adapted:
-        name = clean(raw)
-        (inn, out), r = linear_shape(view.get_submodule(raw)), config.rank_for(name)
-        shapes |= {f"{name}.adapter.lora_A": (r, inn), f"{name}.adapter.lora_B": (out, r)}
-    for raw in targets.saved:
-        kept = view.get_submodule(raw).state_dict()
-        shapes |= {f"{clean(raw)}.trained.{own}": tuple(tensor.shape) for own, tensor in kept.items()}
+    for kind, names in ((LORA, targets.adapted), (SAVED, targets.saved)):
+        for raw in names:
+            own = kind.shapes(view.get_submodule(raw), config.rank_for(clean(raw)))
+            shapes |= {f"{clean(raw)}.{name}": shape for name, shape in own.items()}
     return shapes
 
 
@@ -179,10 +176,8 @@ def _part(
     name: str, config: LoRAConfig, state: Mapping[str, Tensor], strength: Mapping[str, float], module: AdapterModule
 ) -> Held:
     tensors = {own: state[f"{name}.{own}"].clone() for own in module.own_names()}
-    if not isinstance(module, LoRALinear):
-        return Held(tensors, strength.get(name, 1.0))
     words = (config.rank_for(name), config.alpha_for(name), config.use_rslora, config.lora_dropout)
-    return Held(tensors, strength.get(name, 1.0), *words)
+    return kind_of(module, name).held(tensors, strength.get(name, 1.0), lambda: words)
 
 
 def _prefix(names: list[str], modules: Mapping[str, nn.Module], path: str | os.PathLike[str]) -> str:

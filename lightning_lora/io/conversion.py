@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
-from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, compare_shapes
+from lightning_lora.io.folder import CONFIG, RECORD, AdapterFolder, compare_shapes
+from lightning_lora.io.kinds import LORA, SAVED
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.model.inner import clean_name, outermost
 from lightning_lora.model.targets import Targets, find_targets, is_adaptable
-from lightning_lora.nn.linear import linear_shape
 from lightning_lora.nn.sharded import is_sharded
 
 #: Relative difference of a base's weight and its copy that a cast to another dtype explains.
@@ -153,12 +153,7 @@ def _shapes_for(
 ) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a folder must hold for a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in adapted:
-        inn, out = linear_shape(modules[name])
-        r = folder.spec.rank(name)
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = (r, inn)
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = (out, r)
-    for name in saved:
-        for own, tensor in modules[name].state_dict().items():
-            shapes[f"{PREFIX}{name}.{own}"] = tuple(tensor.shape)
+    for kind, names in ((LORA, adapted), (SAVED, saved)):
+        for name in names:
+            shapes |= kind.file_shapes(name, modules[name], folder.spec.rank(name))
     return shapes

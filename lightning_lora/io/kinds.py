@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each kind of adapter stands in a file: one row a kind, and what a model has of each."""
+"""How each kind of adapter stands in a file and is folded into a weight: one row a kind, and what a model has of each.
+
+Writing, reading, checking and merging of folders and checkpoints go by these rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.folder import PREFIX
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
-from lightning_lora.nn.adapter import AdapterModule
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.linear import LoRALinear, linear_shape
 from lightning_lora.nn.saved import SavedModule
+
+#: Shapes of tensors by name.
+Shapes = dict[str, tuple[int, ...]]
+#: Rank, ``lora_alpha``, ``use_rslora``, dropout.
+Words = tuple[int, float, bool, float]
+#: (tensors by their names in the file, scale, weight of the base, whether it is ``(in, out)``, dtype to sum in) ->
+#: the weight with the adapter in it and the norm of what was added.
+Fold = Callable[[Mapping[str, Tensor], float, Tensor, bool, torch.dtype], tuple[Tensor, float]]
+
+_ROWS = 2**18  # elements that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -25,10 +39,61 @@ class AdapterKind:
     module: type[AdapterModule]
     file_name: Callable[[str], str]  # name inside the adapter module -> name in the file
     tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
+    shapes: Callable[[nn.Module, int], Shapes]  # (plain module, rank) -> by name inside, each tensor's shape
+    fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
+    names: tuple[str, ...] = ()  # inside every module of such a kind
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """By name in the file, the name inside the module: of a kind with a rank and a scale."""
+        return {self.file_name(own): own for own in self.names}
+
+    def file_shapes(self, name: str, plain: nn.Module, r: int) -> Shapes:
+        """What an adapter folder holds of one module.
+
+        Args:
+            name: Of the module, inside the transformers model.
+            plain: The user's module.
+            r: Rank.
+        """
+        return {self.key(name, own): shape for own, shape in self.shapes(plain, r).items()}
+
+    def key(self, name: str, own: str) -> str:
+        """The key in an adapter folder of a tensor by its name inside a module."""
+        return PREFIX + ".".join(part for part in (name, self.file_name(own)) if part)
+
+    def held(self, tensors: dict[str, Tensor], strength: float, words: Callable[[], Words]) -> Held:
+        """What one adapter has in a module.
+
+        Args:
+            tensors: By name inside the module.
+            strength: At which it is used.
+            words: Gives rank, ``lora_alpha``, ``use_rslora`` and dropout, where the kind has them.
+        """
+        return Held(tensors, strength, *words()) if self.fold is not None else Held(tensors, strength)
 
 
 def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
     return {"adapter.lora_A": module.lora_A, "adapter.lora_B": module.lora_B}[name].detach()
+
+
+def _lora_shapes(plain: nn.Module, r: int) -> Shapes:
+    inn, out = linear_shape(plain)
+    return {"adapter.lora_A": (r, inn), "adapter.lora_B": (out, r)}
+
+
+def _lora_fold(
+    tensors: Mapping[str, Tensor], scale: float, weight: Tensor, transposed: bool, wide: torch.dtype
+) -> tuple[Tensor, float]:
+    """``W + s B A``; the sum takes the place of the update."""
+    A, B = (tensors[f"lora_{x}.weight"].to(wide) for x in "AB")
+    delta = (B @ A).mul_(scale)
+    if transposed:
+        delta = delta.t()
+    update = float(delta.norm())
+    for total, part in rows(delta, weight):
+        total.add_(part.to(total.dtype))
+    return delta, update
 
 
 def _saved_tensor(module: SavedModule, name: str) -> Tensor:
@@ -37,9 +102,22 @@ def _saved_tensor(module: SavedModule, name: str) -> Tensor:
 
 #: One row for every kind; who adds an adapter kind adds its row.
 KINDS = (
-    AdapterKind(LoRALinear, lambda name: name.removeprefix("adapter.") + ".weight", _lora_tensor),
-    AdapterKind(SavedModule, lambda name: name.removeprefix("trained."), _saved_tensor),
+    AdapterKind(
+        LoRALinear,
+        lambda name: name.removeprefix("adapter.") + ".weight",
+        _lora_tensor,
+        _lora_shapes,
+        _lora_fold,
+        ("adapter.lora_A", "adapter.lora_B"),
+    ),
+    AdapterKind(
+        SavedModule,
+        lambda name: name.removeprefix("trained."),
+        _saved_tensor,
+        lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
+    ),
 )
+LORA, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -53,8 +131,7 @@ def places(model: nn.Module) -> Iterator[Place]:
         name = clean(inside(raw, prefix))
         kind = kind_of(module, raw)
         for own in module.trained_names():
-            key = ".".join(part for part in (name, kind.file_name(own)) if part)
-            yield PREFIX + key, f"{raw}.{own}" if raw else own, module, own
+            yield kind.key(name, own), f"{raw}.{own}" if raw else own, module, own
 
 
 def entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -73,3 +150,9 @@ def kind_of(module: AdapterModule, raw: str) -> AdapterKind:
     if kind is None:
         raise UnsupportedError(f"{raw!r}: a {type(module).__name__} has no place in an adapter file yet")
     return kind
+
+
+def rows(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both matrices in pieces of some rows, so that summing and measuring need little memory."""
+    count = max(1, _ROWS // max(1, first.shape[-1]))
+    return list(zip(first.split(count), second.split(count), strict=True))

@@ -230,7 +230,7 @@ def merged_weight(
         dense: Dtype of the result for a packed layer; that before packing if null.
         dtype: Dtype of the result, whatever the layer.
     """
-    base = module.base_layer if isinstance(module, LoRALinear) else module
+    base = module.replaced if isinstance(module, LoRALinear) else module
     if isinstance(base, PackedLinear):
         dtype = dtype or dense or base.packed.source_dtype
     if isinstance(module, PackedLinear):
@@ -238,8 +238,8 @@ def merged_weight(
     dtype = dtype or module.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if not module.enabled or module.strength == 0.0:
-        return module.base_weight(dtype)
-    return (module.base_weight(wide) + module.delta_weight(wide)).to(dtype)
+        return module.base_weight(dtype)  # not by way of a wider dtype
+    return module.merged_weight(wide).to(dtype)
 
 
 def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.dtype | None) -> nn.Module:
@@ -255,7 +255,7 @@ def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.d
             parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
         return plain.requires_grad_(False)
     weight = merged_weight(module, dense)
-    layer = module.base_layer if isinstance(module, LoRALinear) else module
+    layer = module.replaced if isinstance(module, LoRALinear) else module
     if isinstance(layer, PackedLinear):
         plain = empty_linear(layer)
         plain.register_parameter("bias", layer.bias)
@@ -359,10 +359,10 @@ def _strengthened(name: str, tensor: Tensor, replaced: Mapping[str, nn.Module]) 
 def _measure(report: MergeReport, name: str, module: LoRALinear, weight: Tensor) -> None:
     if module.vacant:
         return
-    delta = module.delta_weight(torch.float32) if module.enabled else torch.zeros(())
-    exact = module.base_weight(torch.float32) + delta
+    exact = module.merged_weight(torch.float32)
     difference = float((weight.float() - exact).norm())
-    size, update = float(exact.norm()), float(delta.norm())
+    size = float(exact.norm())
+    update = float(module.delta_weight(torch.float32).norm()) if module.enabled else 0.0
     _check_finite(report, name, weight)
     report.layers[name] = difference / size if size > 0 else difference
     report.lost[name] = difference / update if update > 0 else 0.0

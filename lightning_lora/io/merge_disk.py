@@ -28,6 +28,7 @@ from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.companions import copy_companions
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, package_version
+from lightning_lora.io.kinds import LORA, rows
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merge_base import check_base_folder
 from lightning_lora.io.merge_plan import MergePlan
@@ -38,7 +39,6 @@ from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.nn.quantized import PackedWeight
 
 _LOG = logging.getLogger(__name__)
-_ROWS = 2**18  # elements that are measured at a time
 
 
 @dataclass
@@ -181,29 +181,29 @@ class _Merge:
         return self._merged(change.lora, weight, trained, start, wanted)
 
     def _merged(self, name: str, weight: Tensor, trained: Tensor | None, start: Tensor, wanted: torch.dtype) -> Tensor:
-        """Sum, rounding and measures of one adapted weight; the sum takes the place of the update."""
-        wide = torch.promote_types(wanted, torch.float32)
-        A, B = (self.factors[f"{PREFIX}{name}.lora_{x}.weight"].to(wide) for x in "AB")
-        delta = (B @ A).mul_(self.adapter.scale(name))
-        if self._is_transposed(name, weight):
-            delta = delta.t()
-        update = float(delta.norm())
+        """Sum, rounding and measures of one adapted weight."""
+        total, update = self._folded(name, start, wanted)
         if trained is not None and update > 0:
-            q = sum(_square(w.float() - t) for w, t in _rows(weight, trained)) ** 0.5
+            q = sum(_square(w.float() - t) for w, t in rows(weight, trained)) ** 0.5
             self.report.q_over_dw[name] = q / update
-        for total, part in _rows(delta, start):
-            total.add_(part.to(total.dtype))
-        merged = delta.to(wanted).contiguous()
-        difference, size = _distance(merged, delta), float(delta.norm())
+        merged = total.to(wanted).contiguous()
+        difference, size = _distance(merged, total), float(total.norm())
         if not math.isfinite(difference):
             raise MergeError(f"{name!r}: merged values are not finite in {wanted}: did the run diverge?")
         self.report.layers[name] = difference / size if size > 0 else difference
         self.report.lost[name] = difference / update if update > 0 else 0.0
         self.report.trained[name] = self.report.layers[name]
         if trained is not None and start is weight:
-            exact = delta.sub(weight).add_(trained)
+            exact, _ = self._folded(name, trained, wanted)
             self.report.trained[name] = _distance(merged, exact) / float(exact.norm().clamp(min=1e-30))
         return merged
+
+    def _folded(self, name: str, start: Tensor, wanted: torch.dtype) -> tuple[Tensor, float]:
+        """A weight with the adapter in it, and the norm of what was added."""
+        tensors = {own: self.factors[f"{PREFIX}{name}.{own}"] for own in LORA.file_names}
+        wide = torch.promote_types(wanted, torch.float32)
+        scale, transposed = self.adapter.scale(name), self._is_transposed(name, start)
+        return LORA.fold(tensors, scale, start, transposed, wide)  # type: ignore[misc]  # it has one
 
     def _entry(self, key: str) -> Entry:
         change = self.changes.get(key)
@@ -249,14 +249,8 @@ def _repack(weight: Tensor, how: tuple[str, torch.dtype]) -> Tensor:
     return PackedWeight(weight.to(how[1]), how[0]).dequantize(torch.float32)
 
 
-def _rows(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both matrices in pieces of some rows, so that measuring needs little memory."""
-    count = max(1, _ROWS // max(1, first.shape[-1]))
-    return list(zip(first.split(count), second.split(count), strict=True))
-
-
 def _distance(first: Tensor, second: Tensor) -> float:
-    return sum(_square(a.to(b.dtype) - b) for a, b in _rows(first, second)) ** 0.5
+    return sum(_square(a.to(b.dtype) - b) for a, b in rows(first, second)) ** 0.5
 
 
 def _square(difference: Tensor) -> float:

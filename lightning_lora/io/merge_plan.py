@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, MergeError, UnsupportedError
 from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.kinds import LORA, AdapterKind
 from lightning_lora.io.names import parents
 from lightning_lora.io.skeleton import file_keys, skeleton
 from lightning_lora.io.tensor_files import TensorFolder
@@ -65,7 +66,7 @@ class MergePlan:
 
     def _plan_adapters(self) -> None:
         """One change for every tensor of the adapter folder."""
-        loras, saved = _split(self.factors, self.adapter.path)
+        loras, saved = _split(self.factors, self.adapter.path, LORA)
         keys = {name: f"{name}.weight" for name in loras} | {key: key.removeprefix(PREFIX) for key in saved}
         found = {name: self._base_key(key) for name, key in keys.items()}
         ends = None
@@ -181,19 +182,20 @@ class MergePlan:
         )
 
 
-def _split(tensors: Mapping[str, Tensor], path: Path) -> tuple[list[str], list[str]]:
+def _split(tensors: Mapping[str, Tensor], path: Path, kind: AdapterKind) -> tuple[list[str], list[str]]:
     """Names of the modules that are adapted, and keys of the tensors that are kept in full."""
-    halves: dict[str, set[str]] = {}
+    parts: dict[str, set[str]] = {}
     saved = []
     for key in tensors:
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if match:
-            halves.setdefault(match[1], set()).add(match[2])
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_.+)", key)
+        if match and match[2] in kind.file_names:
+            parts.setdefault(match[1], set()).add(match[2])
         elif key.startswith(PREFIX) and ".lora_" not in key:
             saved.append(key)
         else:
             raise CheckpointError(f"{path}: {key!r} is neither a factor of an adapter nor a module that is kept")
-    single = [name for name, found in halves.items() if len(found) == 1]
-    if single or not tensors:
-        raise CheckpointError(f"{path}: {single[0]!r} lacks one of A and B" if single else f"{path} has no tensors")
-    return list(halves), saved
+    lacking = [(name, min(lost)) for name, found in parts.items() if (lost := kind.file_names.keys() - found)]
+    if lacking or not tensors:
+        told = f"{path}: {lacking[0][0]!r} lacks its {lacking[0][1]!r}" if lacking else f"{path} has no tensors"
+        raise CheckpointError(told)
+    return list(parts), saved

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import Notice
 from lightning_lora.io.conversion import config_for
-from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.folder import AdapterFolder
+from lightning_lora.io.kinds import Words, kind_of
 from lightning_lora.io.names import clean, inside
 from lightning_lora.model.apply import adapter_modules, adapter_slots
 from lightning_lora.model.plain import plain_view
 from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
 from lightning_lora.model.targets import find_targets
 from lightning_lora.nn.adapter import AdapterModule, Held
-from lightning_lora.nn.linear import LoRALinear
 
 
 def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
@@ -62,17 +62,16 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
 
 
 def _part(folder: AdapterFolder, files: Mapping[str, Tensor], name: str, module: AdapterModule) -> Held:
-    own = module.own_names()  # what waits is copied: another program may write into a file that is mapped
-    if not isinstance(module, LoRALinear):
-        return Held({o: files[f"{PREFIX}{name}.{o.removeprefix('trained.')}" if name else o].clone() for o in own})
-    return Held(
-        {o: files[f"{PREFIX}{name}.{o.removeprefix('adapter.')}.weight"].clone() for o in own},
-        1.0,
-        folder.spec.rank(name),
-        folder.spec.alpha(name),
-        bool(folder.config.get("use_rslora")),
-        float(folder.config.get("lora_dropout") or 0.0),
-    )
+    kind = kind_of(module, name)
+    # What waits is copied: another program may write into a file that is mapped.
+    tensors = {own: files[kind.key(name, own)].clone() for own in module.own_names()}
+
+    def words() -> Words:
+        config = folder.config
+        rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
+        return folder.spec.rank(name), folder.spec.alpha(name), rslora, dropout
+
+    return kind.held(tensors, 1.0, words)
 
 
 def say_narrower(model: nn.Module, parts: Mapping[int, Held], path: Path) -> None:

@@ -405,8 +405,7 @@ def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
 def _added(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that conversion put beside the base."""
     for _, module in adapter_modules(model):
-        part = module.trained if isinstance(module, SavedModule) else getattr(module, "adapter", module)
-        yield from [*part.parameters(), *part.buffers()]
+        yield from [*module.added.parameters(), *module.added.buffers()]
 
 
 def _count(model: nn.Module, skip: Collection[int] = ()) -> tuple[int, int]:

@@ -18,8 +18,6 @@ from torch.optim import Optimizer
 from lightning_lora.errors import Notice, OptimizerError, UnsupportedError
 from lightning_lora.model.apply import adapter_modules, trained_outside
 from lightning_lora.model.loraplus import check_same_ratio
-from lightning_lora.nn.linear import LoRALinear
-from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded
 
 
@@ -39,11 +37,8 @@ class Succession:
     def converted(self, model: nn.Module) -> None:
         """Note the heirs, once ``model`` carries its adapters."""
         for name, module in adapter_modules(model):
-            if isinstance(module, LoRALinear):
-                self._add(f"{name}.weight", [module.lora_A, module.lora_B])
-            elif isinstance(module, SavedModule):
-                for own, parameter in module.trained.named_parameters():
-                    self._add(f"{name}.{own}", [parameter])
+            for own, heirs in module.successors().items():
+                self._add(f"{name}.{own}", heirs)
         self._before = {}
 
     def _add(self, name: str, heirs: list[nn.Parameter]) -> None:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.quantized import PackedLinear
-from lightning_lora.nn.saved import SavedModule
 
 
 def plain_view(model: nn.Module) -> nn.Module:
@@ -32,10 +31,8 @@ def empty_linear(layer: PackedLinear) -> nn.Module:
 def _view(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     if id(module) in seen:
         return seen[id(module)]
-    if isinstance(module, LoRALinear):
-        view = _view(module.base_layer, seen)
-    elif isinstance(module, SavedModule):
-        view = _view(module.original, seen)
+    if isinstance(module, AdapterModule):
+        view = _view(module.replaced, seen)
     elif isinstance(module, PackedLinear):
         view = empty_linear(module)
         view.register_parameter("bias", module.bias)

@@ -174,7 +174,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{block}.") for block in found):
             continue
         members = [(f"{name}.{key}" if name else key, member) for key, member in module.named_children()]
-        found += [n for n, m in members if is_adapted(m) and not isinstance(m, LoRALinear | SavedModule)]
+        found += [n for n, m in members if is_adapted(m) and not isinstance(m, AdapterModule)]
     return found
 
 

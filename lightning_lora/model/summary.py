@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
+from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.nn.sharded import whole_shape
 
@@ -162,10 +163,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, int]]:
                 yield module, tensor, whole_shape(tensor).numel() if isinstance(tensor, nn.Parameter) else 0
 
 
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+def _own_tensors(module: AdapterModule) -> Iterator[Tensor]:
     """What an adapter module has beside the module that it replaced."""
-    base = getattr(module, "base_layer", None) or getattr(module, "original", None)
-    theirs = set() if base is None else {id(t) for t in [*base.parameters(), *base.buffers()]}
+    theirs = {id(t) for t in [*module.replaced.parameters(), *module.replaced.buffers()]}
     return (t for t in [*module.parameters(), *module.buffers()] if id(t) not in theirs)
 
 

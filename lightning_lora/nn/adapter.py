@@ -64,6 +64,20 @@ class AdapterModule(nn.Module):
         """Whether the module still computes exactly the base (B is zero, a saved module equals its original)."""
         raise NotImplementedError
 
+    @property
+    def replaced(self) -> nn.Module:
+        """The user's module that this one stands for."""
+        raise NotImplementedError
+
+    @property
+    def added(self) -> nn.Module:
+        """The part of this module that conversion put beside the user's: it holds what an adapter has here."""
+        raise NotImplementedError
+
+    def successors(self) -> dict[str, list[nn.Parameter]]:
+        """By name of a parameter of the user's module, the parameters that training moves in its stead."""
+        raise NotImplementedError
+
     def held(self) -> Held | None:
         """What the adapter in use has here, the live parameters themselves; None in a vacant module."""
         if self.vacant:

@@ -75,7 +75,7 @@ def lora_linear(
     Returns:
         Output ``(..., out)`` in ``x``'s dtype.
     """
-    if _needs_eager(x, lora_A, lora_B):
+    if needs_eager(x, lora_A, lora_B):
         return _eager(x, weight(x.dtype), bias, lora_A, lora_B, scale, dropout)
     seed = int(torch.randint(2**62, ())) if dropout > 0.0 and lora_A is not None else 0
     return _LoRALinear.apply(x, lora_A, lora_B, weight, bias, scale, dropout, seed, use)
@@ -109,7 +109,7 @@ def _dropped(dropout: float) -> int:
     return min(max(round(256 * dropout), 1), 255) if dropout > 0.0 else 0
 
 
-def _needs_eager(*tensors: Tensor | None) -> bool:
+def needs_eager(*tensors: Tensor | None) -> bool:
     """Whether plain operations are needed: `torch.compile`, `torch.func`, forward AD, subclasses, meta tensors."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
@@ -139,7 +139,7 @@ def _eager(
     return add_lora(y, x, lora_A, lora_B, scale, dropout)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -165,7 +165,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale, dropout, seed
         ctx.device_type, ctx.bias_dtype = x.device.type, None if bias is None else bias.dtype
-        with _no_autocast(ctx.device_type):
+        with no_autocast(ctx.device_type):
             y = F.linear(x, weight(x.dtype), _cast(bias, x.dtype))
             if y._is_view():  # as with a bias and three dimensions: autograd would let nobody write into it
                 y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y.untyped_storage(), 0, y.shape, y.stride())
@@ -181,7 +181,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_bias = ctx.needs_input_grad[4]
-        with _no_autocast(ctx.device_type):
+        with no_autocast(ctx.device_type):
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
             rest = (None, dbias, None, None, None, None)
             saved = ctx.saved_tensors  # read once: each access unpacks anew, a checkpoint refuses the second

@@ -89,17 +89,21 @@ class LoRALinear(AdapterModule):
         self.use_rslora = config.use_rslora
         self.fan_in_fan_out = is_conv1d(base_layer) or getattr(base_layer, "fan_in_fan_out", False)
         self.in_features, self.out_features = linear_shape(base_layer)
-        self.adapter = LoRAAdapter(
-            self.in_features,
-            self.out_features,
-            r,
-            config.init_lora_weights,
+        self.adapter = self._new_adapter(
+            in_features=self.in_features,
+            out_features=self.out_features,
+            r=r,
+            init=config.init_lora_weights,
             device=_device(base_layer),
             dtype=torch_dtype(config.adapter_dtype),
         )
         if r == 0:
             self.hold(None)
         self._rescale()
+
+    def _new_adapter(self, **kwargs: Any) -> LoRAAdapter:
+        """What is trained here, at its start."""
+        return LoRAAdapter(**kwargs)
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -142,6 +146,20 @@ class LoRALinear(AdapterModule):
     def bias(self) -> Tensor | None:
         """The frozen bias."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def replaced(self) -> nn.Module:
+        """See `AdapterModule.replaced`: the base layer."""
+        return self.base_layer
+
+    @property
+    def added(self) -> nn.Module:
+        """See `AdapterModule.added`: the factors."""
+        return self.adapter
+
+    def successors(self) -> dict[str, list[nn.Parameter]]:
+        """See `AdapterModule.successors`: all that is trained, in place of the weight."""
+        return {"weight": list(self.adapter.parameters())}
 
     def own_names(self) -> list[str]:
         """``adapter.lora_A`` and ``adapter.lora_B``."""
@@ -254,6 +272,12 @@ class LoRALinear(AdapterModule):
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(self.scaling * self.strength)
         return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
+
+    def merged_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight that the module computes with, switched off or not, in the base layer's own layout."""
+        if not self.enabled or self.strength == 0.0:
+            return self.base_weight(dtype)
+        return self.base_weight(dtype) + self.delta_weight(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in)``; the output ``(..., out)`` has the dtype that the base layer would give it."""

@@ -35,6 +35,20 @@ class SavedModule(AdapterModule):
         """The copy's parameters and persistent buffers (a BatchNorm's statistics move in training)."""
         return [f"trained.{name}" for name in self.trained.state_dict()]
 
+    @property
+    def replaced(self) -> nn.Module:
+        """See `AdapterModule.replaced`: the original."""
+        return self.original
+
+    @property
+    def added(self) -> nn.Module:
+        """See `AdapterModule.added`: the trained copy."""
+        return self.trained
+
+    def successors(self) -> dict[str, list[nn.Parameter]]:
+        """See `AdapterModule.successors`: each parameter's own copy."""
+        return {name: [parameter] for name, parameter in self.trained.named_parameters()}
+
     def _nothing(self) -> dict[str, Tensor]:
         return {f"trained.{name}": tensor.detach() for name, tensor in self.original.state_dict(keep_vars=True).items()}
 

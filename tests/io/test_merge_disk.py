@@ -398,7 +398,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
     q = "base_model.model.model.layers.0.self_attn.q_proj"
     changed(lambda t: t.pop(f"{q}.lora_A.weight"))
-    refused(CheckpointError, "lacks one of A and B", tmp_path)
+    refused(CheckpointError, "lacks its 'lora_A.weight'", tmp_path)
     changed(lambda t: t.update({f"{q}.lora_magnitude_vector": torch.ones(64)}))
     refused(CheckpointError, "neither a factor of an adapter nor", tmp_path)
     changed(lambda t: t.update({f"{q}.lora_B.weight": torch.ones(63, 4)}))
