@@ -140,6 +140,7 @@ def _eager(
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Inside, dtypes are as they are given."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
