@@ -108,9 +108,9 @@ class ForgettingMonitor(Callback):
         at_steps: Further optimizer steps at which to look, from 1.
         at_fractions: Further shares of the run at which to look, such as ``[0.1, 0.5]``; above 0, up to 1.
         max_time_fraction: Share of the run's wall clock that looks, verdict and what an alarm does may take, such as
-            0.05; None for no limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training has paid for by
-            then, on the pace measured so far; gauges and looks for which there is no time are left out. Without another
-            schedule it also says when to look.
+            0.05; None for no limit. Looks become as large, up to `items_per_eval`, and the verdict as whole as training
+            has paid for by then, on the pace measured so far; gauges and looks for which there is no time are left out.
+            Without another schedule it also says when to look.
         on_fit_start: Look before the first step.
         on_fit_end: Compare the whole bank of items when training ends: the verdict.
         items_per_eval: Items of one look over all tasks, in proportion to their sizes, at least one of each. Where a

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.io.mixed_loader import Replay, mixed
+from lightning_lora.io.mixed_loader import Replay, is_general, mixed
+from lightning_lora.io.resumable import resumable
 
 
 class ReplayMix(Callback):
@@ -22,7 +23,9 @@ class ReplayMix(Callback):
     The train loader, from a DataModule, a LightningModule or given to ``fit``, is read as it would be, and general
     batches stand between its batches at even distances, each taken by ``training_step`` as any other. Nothing is
     drawn for it: the run's random state is untouched, and a run that is resumed sees the batches that an uncut one
-    sees wherever its own loader goes on exactly. Under several processes each reads general batches of its own.
+    sees wherever its own loader goes on exactly: a plain `DataLoader` does. Where the own loader begins its epoch anew
+    (an iterable data set without a state), the general batches still go on. Under several processes each reads general
+    batches of its own.
 
     An epoch still sees each of the run's own batches once: with ``share=0.1`` it is a ninth longer.
 
@@ -53,8 +56,12 @@ class ReplayMix(Callback):
         self.share = share
         self.batch_size = batch_size
         self.seed = seed
+        self._share = Fraction(0)
         self._replay: Replay | None = None
         self._strategy: Any = None
+        self._taken = 0  # general batches that training has seen
+        self._loader: Any = None
+        self._epochs, self._place = 0, 0  # of the loader: which iterator, and which batch of it comes next
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,16 +69,22 @@ class ReplayMix(Callback):
         if stage != "fit" or self.share == 0:
             return
         source = _found(self.data)
-        share = Fraction(self.share).limit_denominator(1_000_000)
+        share = self._share = Fraction(self.share).limit_denominator(1_000_000)
         self._replay, strategy = None, trainer.strategy
+        self._taken = self._epochs = 0
 
         def process_dataloader(dataloader: object) -> object:
             # The class is asked anew: `LoRA` may have extended it since.
             dataloader = type(strategy).process_dataloader(strategy, dataloader)
             if not trainer.training:
                 return dataloader
-            self._replay = self._replay or self._stream(source, dataloader, trainer)
-            return mixed(dataloader, self._replay, share)
+            if self._replay is None:
+                self._replay = self._stream(source, dataloader, trainer)
+                self._replay.taken = self._taken  # of a checkpoint, whether or not the loader has a place in it too
+            # `LoRA`'s strategies keep a plain loader's place themselves; in a run without adapters nobody does.
+            own = resumable(dataloader)
+            self._loader, self._epochs = mixed(own, self._replay, share, rewinds=own is not dataloader), 0
+            return self._loader
 
         # Where a strategy may put its own loader in, Lightning lets every train loader pass, wherever it came from.
         vars(strategy)["process_dataloader"] = process_dataloader
@@ -87,6 +100,24 @@ class ReplayMix(Callback):
             )
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # The stream itself may be ahead: Lightning reads a batch early where it cannot know which is the last.
+        if self._loader is None:
+            return
+        if self._loader.epochs != self._epochs:
+            self._epochs, self._place = self._loader.epochs, self._loader.began_at
+        self._taken += is_general(self._place, self._share)
+        self._place += 1
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._taken = int(state_dict["taken"])
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
@@ -97,7 +128,7 @@ class ReplayMix(Callback):
     def _release(self) -> None:
         if self._strategy is not None:
             vars(self._strategy).pop("process_dataloader", None)
-        self._strategy = None
+        self._strategy = self._loader = None
 
     def _stream(self, source: Any, loader: Any, trainer: Trainer) -> Replay:
         dataset, size, collate = source, self.batch_size, None

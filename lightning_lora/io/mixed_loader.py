@@ -68,13 +68,15 @@ class Replay:
         return self._orders[turn]
 
 
-def mixed(loader: Any, replay: Replay, share: Fraction) -> Any:
+def mixed(loader: Any, replay: Replay, share: Fraction, rewinds: bool = False) -> Any:
     """A copy of ``loader`` that gives out ``replay``'s batches among its own, and ends where it has no more.
 
     Args:
         loader: Any loader; one with a state keeps its own and the place in the mixture.
         replay: The other data.
         share: Of all batches, how many are the other data's; at least 0 and below 1.
+        rewinds: Whether a place at the end of an epoch is to be taken for the beginning of the next. The strategies
+            of this package see to that themselves.
 
     Raises:
         UnsupportedError: The loader is of a kind that cannot be extended.
@@ -87,8 +89,18 @@ def mixed(loader: Any, replay: Replay, share: Fraction) -> Any:
             f"batches cannot be mixed into a {type(loader).__name__}: give the Trainer a `DataLoader` or an iterable "
             f"of a class of your own ({error})."
         ) from error
-    vars(own).update(_replay=replay, _share=share, _given=0, _begin=0)
+    vars(own).update(_replay=replay, _share=share, _given=0, _begin=0, _rewinds=rewinds, epochs=0, began_at=0)
     return own
+
+
+def is_general(place: int, share: Fraction) -> bool:
+    """Whether the batch at a place of an epoch comes from the other data, see the module.
+
+    Args:
+        place: Its number, from 0.
+        share: Of all batches, how many are the other data's.
+    """
+    return int((place + 1) * share) > int(place * share)
 
 
 def _mixing(kind: Any) -> type:
@@ -99,10 +111,14 @@ def _mixing(kind: Any) -> type:
         _share: Fraction
         _given: int  # batches given out in this epoch, of both kinds
         _begin: int  # where the next iterator begins
+        _rewinds: bool
+        epochs: int  # iterators begun
+        began_at: int  # where the newest did
 
         def __iter__(self) -> Iterator[Any]:
             batches = super().__iter__()  # made now: loaders draw as they make it
             self._given, self._begin = self._begin, 0
+            self.epochs, self.began_at = self.epochs + 1, self._given
             return self._mix(batches)
 
         def __len__(self) -> int:
@@ -114,7 +130,7 @@ def _mixing(kind: Any) -> type:
 
         def _mix(self, batches: Iterator[Any]) -> Iterator[Any]:
             while True:
-                if int((self._given + 1) * self._share) > int(self._given * self._share):
+                if is_general(self._given, self._share):
                     self._given += 1
                     yield next(self._replay)
                     continue
@@ -133,7 +149,7 @@ def _mixing(kind: Any) -> type:
                 ended = self._given >= len(self)
             except (TypeError, NotImplementedError):
                 ended = False
-            place = {"given": 0 if ended else self._given, "taken": self._replay.taken}
+            place = {"given": 0 if ended else self._given, "taken": self._replay.taken, "ended": ended}
             return {**super().state_dict(), _KEY: place}
 
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -141,6 +157,8 @@ def _mixing(kind: Any) -> type:
             place = state.get(_KEY, {"given": 0, "taken": 0})
             self._begin, self._replay.taken = place["given"], place["taken"]
             super().load_state_dict({key: value for key, value in state.items() if key != _KEY})
+            if place.get("ended") and self._rewinds:
+                self.rewind()
 
         def rewind(self) -> None:
             """Begin the next epoch instead of going on inside one."""
