@@ -34,7 +34,8 @@ def markdown(text: str) -> str:
     """The docstring `text` in Markdown."""
     text = TABLE.sub(_table, text + "\n")
     text = DISPLAY.sub(lambda m: f"\n{mathml(m.group(1), 'block')}\n\n", text)
-    text = INLINE.sub(lambda m: mathml(m.group(1), "inline"), text)
+    # Markdown takes a line that begins with <math> for a block of HTML, and one that begins with <span> for text.
+    text = INLINE.sub(lambda m: f"<span>{mathml(m.group(1), 'inline')}</span>", text)
     return LITERAL.sub(_fenced, text).rstrip()
 
 

@@ -16,6 +16,7 @@ def test_equations_become_mathml() -> None:
     assert text.count("<math") == 2
     assert 'display="inline"' in text
     assert 'display="block"' in text
+    assert "Of <span><math" in text
     assert ":math:" not in text
     assert ".. math" not in text
     assert text.endswith("\n\nAfter.")

@@ -87,3 +87,14 @@ def test_a_bad_link_is_named(tmp_path: Path, text: str, problem: str) -> None:
 
 def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
     assert problems(tmp_path)
+
+
+def test_support_matrix_says_of_every_cell_whether_it_is_tested() -> None:
+    text = (DOCS / "support.md").read_text()
+    table = text[text.index("| | one process |") : text.index("## In detail")].split("\n\n")[0]
+    head, _, *lines = [line.strip("|").split("|") for line in table.splitlines()]
+    states = re.compile(r"yes\b|no$|refused$|notice$|groups alone$|adapters alone$|its own form$|not used$|$")
+    assert len(lines) > 20
+    for name, *cells in lines:
+        assert len(cells) == len(head) - 1, name
+        assert all(states.match(cell.strip()) for cell in cells), name
