@@ -318,7 +318,9 @@ class ForgettingMonitor(Callback):
         parts, step = self._fit(), trainer.global_step
         self._output.learned = {}
         self._take_up(trainer)
-        self._output.begin(self._folder(trainer), len(parts.monitor.history), asked=self.dirpath is not None)
+        folder = self._folder(trainer)
+        with together("make ready to write", WriteError):
+            self._output.begin(folder, len(parts.monitor.history), asked=self.dirpath is not None)
         self._length = run_length(trainer)
         late = self.schedule.check(self._length.steps)
         if late:

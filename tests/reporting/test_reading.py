@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
+from lightning_lora.io.adapter import save_adapter
+from lightning_lora.model.apply import adapter_state_dict, apply_lora
+from lightning_lora.reporting.page import render
 from lightning_lora.reporting.reading import parts_of, read_run
 from lightning_lora.reporting.words import verdict_in_words
+from tests.helpers import tiny_llama
 from tests.reporting.record import diagnosis, full, history, sweep
 
 METRICS = """epoch,forgetting/kl,step,train_loss,val_loss
@@ -74,6 +79,21 @@ def test_the_folder_above_is_taken_where_it_holds_one_run(tmp_path: Path) -> Non
     write(tmp_path / "lightning_logs" / "version_1")
     with pytest.raises(ConfigError, match=r"holds several runs, each with its own .*version_0.*version_1"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_adapter_folder_alone_tells_sizes_and_settings(own: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    apply_lora(model, LoRAConfig(r=4))
+    save_adapter(model, tmp_path / "adapter")
+    if not own:
+        (tmp_path / "adapter" / "lightning_lora.json").unlink()  # as PEFT would have written it
+    record = read_run(tmp_path)
+    count = sum(tensor.numel() for tensor in adapter_state_dict(model).values() if tensor.is_floating_point())
+    assert record.sizes["adapter_params"] == count
+    assert record.configuration["adapters"]["r"] == 4
+    assert record.files == {"adapter": sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir())}
+    assert f"{count:,}" in render(record)
 
 
 def test_a_configuration_of_lightning_cli(tmp_path: Path) -> None:
