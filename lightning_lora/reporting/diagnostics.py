@@ -54,7 +54,7 @@ def plot_diagnostics(diagnosis: Diagnosis) -> Figure:
     layers, projections, places = grid(diagnosis.modules)
     width, height = 1.6 + 0.62 * max(len(projections), 3), 1.9 + 0.3 * min(max(len(layers), 2), 60)
     figure = Figure(figsize=(len(PANELS) * width, height), layout="constrained")
-    prefix = _common(layers)
+    prefix = common_prefix(layers)
     for index, (title, value) in enumerate(PANELS.items()):
         axes: Any = figure.add_subplot(1, len(PANELS), index + 1)
         cells = [
@@ -90,7 +90,11 @@ def _write(axes: Any, image: Any, cells: list[list[float]]) -> None:
                 axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
 
 
-def _common(layers: list[str]) -> str:
-    """What all names but their last part have in common."""
+def common_prefix(layers: list[str]) -> str:
+    """What all names but their last part have in common, with its dot; "" for nothing.
+
+    Args:
+        layers: names of layers.
+    """
     heads = {layer.rpartition(".")[0] for layer in layers if layer}
     return f"{heads.pop()}." if len(heads) == 1 and "" not in heads else ""

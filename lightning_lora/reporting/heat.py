@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_lora.model.diagnosis import grid
+from lightning_lora.reporting.diagnostics import common_prefix
 
 #: Viridis at five places: even in brightness, told apart by any kind of colour vision.
 _SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -30,11 +31,13 @@ class HeatMap:
 
     Args:
         title: what the number is, with its unit.
+        corner: what the names of the rows are of.
         columns: names of the projections.
         rows: name and cells of each layer.
     """
 
     title: str
+    corner: str
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
 
@@ -52,10 +55,13 @@ def heat_map(title: str, modules: Mapping[str, Mapping[str, Any]], key: str, fac
     raw = {place: modules[name].get(key) for place, name in places.items()}
     values = {place: factor * float(x) for place, x in raw.items() if x is not None and math.isfinite(x)}
     low, high = (min(values.values()), max(values.values())) if values else (0.0, 0.0)
+    prefix = common_prefix(layers)
     rows = [
-        (layer or "-", [_cell(values.get((layer, column)), low, high) for column in projections]) for layer in layers
+        (layer.removeprefix(prefix) or "-", [_cell(values.get((layer, column)), low, high) for column in projections])
+        for layer in layers
     ]
-    return HeatMap(title, [column.rpartition(".")[2] for column in projections], rows)
+    corner = f"layer ({prefix.rstrip('.')})" if prefix else "layer"
+    return HeatMap(title, corner, [column.rpartition(".")[2] for column in projections], rows)
 
 
 def colour_of(share: float) -> tuple[int, int, int]:

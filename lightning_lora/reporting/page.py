@@ -24,6 +24,16 @@ TEMPLATE = "report.html"
 
 #: Figures are of one width on the page, which a phone shows without scrolling.
 _SIZE = (4.6, 3.4)
+#: What `Diagnosis.metrics` are, for people.
+_ADAPTERS = {
+    "adapter/stable_rank": "stable rank, mean [directions]",
+    "adapter/effective_rank": "effective rank, mean [directions]",
+    "adapter/condition": "condition number, median",
+    "adapter/relative_update": "size of the update, |dW| / |W|, mean",
+    "adapter/dead_share": "directions below 1 % of the largest [share]",
+    "adapter/grad_norm_A": "norm of the gradient of A",
+    "adapter/grad_norm_B": "norm of the gradient of B",
+}
 #: Most metrics of validation that get a picture of their own.
 _CHARTS = 4
 
@@ -235,8 +245,8 @@ def _heat(diagnosis: Mapping[str, Any] | None) -> list[HeatMap]:
 
 def _adapters(diagnosis: Mapping[str, Any] | None) -> Table | None:
     metrics = (diagnosis or {}).get("metrics", {})
-    rows = [(name.removeprefix("adapter/"), f"{value:.4g}") for name, value in metrics.items()]
-    return Table(("mean over the adapters", "value"), rows) if rows else None
+    rows = [(label, f"{metrics[name]:.4g}") for name, label in _ADAPTERS.items() if name in metrics]
+    return Table(("of all adapters", "value"), rows) if rows else None
 
 
 def _sizes(sizes: Mapping[str, Any]) -> Table | None:

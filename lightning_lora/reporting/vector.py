@@ -31,7 +31,7 @@ def page_style(name: str) -> Iterator[None]:
     from cycler import cycler
 
     values = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 10,
+        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11,
         "axes.prop_cycle": cycler(linestyle=_LINES) * cycler(color=COLOURS), "legend.frameon": False,
         "axes.spines.top": False, "axes.spines.right": False,
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",

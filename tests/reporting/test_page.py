@@ -70,7 +70,8 @@ def test_every_part_is_there(page: Page) -> None:
     assert "3.4 at step 10" in text["training"]
     assert "50 % was kept" in text["sweep"]
     assert "Effective rank" in text["adapters"]
-    assert "layers.1" in text["adapters"]
+    assert "layer (model.layers)" in text["adapters"]
+    assert "effective rank, mean [directions]" in text["adapters"]
     assert "998,000" in text["sizes"]
     assert "3.99 MB" in text["sizes"]
     assert "12.3 kB" in text["sizes"]
@@ -161,7 +162,8 @@ def test_the_verdict_in_words(watch: Watch, mark: str, said: str) -> None:
 def test_a_heat_map_has_a_place_for_each_module() -> None:
     found = heat_map("rank", diagnosis()["modules"], "effective_rank")
     assert found.columns == ["q_proj", "up_proj"]
-    assert [name for name, _ in found.rows] == ["model.layers.0", "model.layers.1"]
+    assert found.corner == "layer (model.layers)"
+    assert [name for name, _ in found.rows] == ["0", "1"]
     grounds = {cell.ground for _, cells in found.rows for cell in cells}
     assert grounds == {"#440154", "#fde725"}
     assert colour_of(0.5) == (33, 145, 140)
