@@ -12,6 +12,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_lora.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
     from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
@@ -57,8 +59,6 @@ if TYPE_CHECKING:
     from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
     from lightning_lora.strategies.single_device import AdapterSingleDeviceStrategy
     from lightning_lora.strategies.state import AdapterStateMixin
-
-__version__ = "0.1.0.dev0"
 
 _HOME = {
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",

@@ -20,10 +20,12 @@ PACKAGE = "lightning_lora"
 
 #: From the bottom up: what stands in a group, in the order in which its files may import one another.
 ORDER: dict[str, tuple[str, ...]] = {
+    "version": (),
     "errors": (),
     "config": (),
     "rng": (),
     "ranks": (),
+    "bars": (),
     "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
     "model": (
         *(
@@ -61,6 +63,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "checkpoint_adapter",
         "adapter",
+        "adapter_facts",
         "resumable",
         "mixed_loader",
         "progress",
@@ -78,7 +81,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("statistics", "sequential", "power", "transfer", "metrics"),
         *("arguments", "schedule", "budget", "bank", "sources", "catalogue", "presets", "offline", "tasks", "loading"),
         *("encoding", "forward", "trees", "asking", "base_cache", "identity", "language_model", "generation"),
-        *("scoring", "degeneration", "gauges"),
+        *("scoring", "two_models", "degeneration", "gauges"),
         *("report", "paired", "scales", "sweep", "snapshots", "remedies", "monitor", "sizes", "response"),
     ),
     "reporting": (
@@ -90,7 +93,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
-        *("lora", "adapter_checkpoint", "base_kl", "replay_mix"),
+        *("trainer_bar", "lora", "adapter_checkpoint", "base_kl", "replay_mix"),
         *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
         *("scale_sweep", "run_report"),
@@ -98,8 +101,11 @@ ORDER: dict[str, tuple[str, ...]] = {
     "causal_lm": (
         *("formats", "encoding", "packing", "checks", "collate", "datamodule", "loss", "throughput", "module"),
     ),
-    "planning": ("devices", "architecture", "activations", "estimate", "advice", "result", "plan"),
-    "cli": ("inspect", "merge", "plan", "report", "fit_cli", "fit", "main"),
+    "planning": ("devices", "decoders", "architecture", "activations", "estimate", "advice", "result", "plan"),
+    "cli": (
+        *("output", "model_arguments", "models", "asking"),
+        *("completion", "eval", "sweep", "export", "inspect", "merge", "plan", "report", "fit_cli", "fit", "main"),
+    ),
 }
 
 ANYWHERE, IN_FUNCTIONS = "anywhere in the file", "inside a function"

@@ -22,6 +22,7 @@ from lightning_lora.callbacks.ending import (
     when_it_stops,
 )
 from lightning_lora.callbacks.place import run_folder
+from lightning_lora.callbacks.trainer_bar import trainer_bar
 from lightning_lora.errors import ConfigError, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
@@ -298,6 +299,7 @@ class ForgettingMonitor(Callback):
                 system_instruction=self.system_instruction,
                 fewshot_as_multiturn=self.fewshot_as_multiturn,
                 base_cache=self.base_cache,
+                bar=trainer_bar(trainer),
             )
         self._restored = self._restored or self.state_dict() or None
         tasks, targets = self._loaded

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.callbacks.trainer_bar import trainer_bar
 from lightning_lora.config import DTypeName, InitMode, LoRAConfig, MasterDTypeName, QuantizeMode
 from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
@@ -241,7 +242,8 @@ class LoRA(Callback):
         self._succession = Succession(pl_module)
         with _rank_zero_notices(trainer):
             root = trainer.strategy.root_device
-            self.report = apply_lora(pl_module, self.config, None if root.type == "cpu" else root)
+            device = None if root.type == "cpu" else root
+            self.report = apply_lora(pl_module, self.config, device, trainer_bar(trainer))
         self._succession.converted(pl_module)
         if self.init_from is not None:
             load_adapter(pl_module, self.init_from)

@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_lora.bars import Bar
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
+from lightning_lora.callbacks.trainer_bar import trainer_bar
 from lightning_lora.config import DTypeName
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.adapter import load_adapter, save_adapter
@@ -170,16 +172,16 @@ class MergeOnFitEnd(Callback):
         with _best_weights(trainer, pl_module) if self.weights == "best" else _as_it_is() as source:
             notes: dict[str, Any] = {"weights": self.weights, "base": self.base, "checkpoint": source}
             tokenizer = _find_tokenizer(pl_module, trainer)
-            bar = trainer.progress_bar_callback is not None
+            bar = trainer_bar(trainer)
             self.report = self._write_streamed(pl_module, tokenizer, notes, bar)
             if self.report is None:
                 self.report = write_merged(
-                    pl_module, self.dirpath, self.dtype, self._inputs(), tokenizer, notes, self.max_shard_size
+                    pl_module, self.dirpath, self.dtype, self._inputs(), tokenizer, notes, self.max_shard_size, bar
                 )
         rank_zero_info(f"MergeOnFitEnd: {self.dirpath}: {self.report}")
 
     def _write_streamed(
-        self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any], bar: bool
+        self, pl_module: nn.Module, tokenizer: Any, notes: dict[str, Any], bar: Bar
     ) -> MergeReport | None:
         """Tensor by tensor over the files of the base; None where these are not what was trained over."""
         original = self.base == "original"

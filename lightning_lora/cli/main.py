@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lightning-lora COMMAND ...``.
 
-Exit codes: 0 all is well, 1 a command found what it was asked to look for, 2 it could not do its work.
+Exit codes: 0 all is well, 1 a command found what it was asked to look for, 2 it could not do its work, 130 it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,10 +13,22 @@ from types import ModuleType
 from typing import Any
 
 from lightning_lora import errors
-from lightning_lora.cli import fit, inspect, merge, plan, report
+from lightning_lora.cli import completion, export, fit, inspect, merge, plan, report, sweep
+from lightning_lora.cli import eval as eval_
+from lightning_lora.version import __version__
 
-COMMANDS: dict[str, ModuleType] = {"fit": fit, "inspect": inspect, "merge": merge, "plan": plan, "report": report}
-FOUND, FAILED = 1, 2
+COMMANDS: dict[str, ModuleType] = {
+    "fit": fit,
+    "plan": plan,
+    "eval": eval_,
+    "sweep": sweep,
+    "inspect": inspect,
+    "merge": merge,
+    "export": export,
+    "report": report,
+    "completion": completion,
+}
+FOUND, FAILED, INTERRUPTED = 1, 2, 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -33,14 +46,13 @@ def main(args: Sequence[str] | None = None) -> int:
     lines = words[:1] == ["fit"] and not {"-h", "--help"} & set(words)  # it has a parser of its own, and needs torch
     chosen = None if lines else parser.parse_args(words)
     try:
-        found: bool = (
-            fit.run_lines(words[1:])
-            if chosen is None
-            else COMMANDS[chosen.command].run(**_plain(chosen[chosen.command]))
-        )
+        found: bool = fit.run_lines(words[1:]) if chosen is None else _run(parser, chosen)
     except _expected() as error:
-        print(f"lightning-lora {words[0]}: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"lightning-lora {words[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return FAILED
+    except KeyboardInterrupt:
+        print(f"\nlightning-lora {words[0]}: interrupted", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
     return FOUND if found else 0
 
 
@@ -52,7 +64,9 @@ def build_parser() -> Any:
     """
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog="lightning-lora", description="Adapters of lightning_lora and PEFT.")
+    parser = jsonargparse.ArgumentParser(
+        prog="lightning-lora", description="Adapters of lightning_lora and PEFT.", version=__version__
+    )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, module in COMMANDS.items():
         own = jsonargparse.ArgumentParser(description=module.__doc__)
@@ -61,8 +75,12 @@ def build_parser() -> Any:
     return parser
 
 
-def _plain(values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.as_dict().items() if key != "config"}
+def _run(parser: Any, chosen: Any) -> bool:
+    arguments = {key: value for key, value in chosen[chosen.command].as_dict().items() if key != "config"}
+    if chosen.command == "completion":
+        arguments["parser"] = parser
+    found: bool = COMMANDS[chosen.command].run(**arguments)
+    return found
 
 
 def _expected() -> tuple[type[Exception], ...]:

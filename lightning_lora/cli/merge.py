@@ -24,6 +24,6 @@ def run(base_dir: str, adapter_dir: str, out_dir: str, quiet: bool, json: bool, 
     """Merge and print the report; there is nothing to find."""
     from lightning_lora.io.merge_disk import merge_to_disk
 
-    report = merge_to_disk(base_dir, adapter_dir, out_dir, progress=not quiet, **arguments)
+    report = merge_to_disk(base_dir, adapter_dir, out_dir, progress=not (quiet or json), **arguments)
     print(dumps(report.to_dict(), indent=2) if json else f"{out_dir}: {report}")  # noqa: T201
     return False

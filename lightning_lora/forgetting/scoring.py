@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_lora.bars import Bar, no_bar
 from lightning_lora.errors import ConfigError, TaskError
 from lightning_lora.forgetting import generation
 from lightning_lora.forgetting.asking import Answer, Asker, Context
@@ -86,6 +87,7 @@ class Scorer:
         fewshot_as_multiturn: with a chat template, whether few-shot examples are turns of their own.
         base_cache: folder in which the base's answers are kept for later runs; None for what the environment
             variable `LIGHTNING_LORA_BASE_CACHE` says, and without it they are not kept.
+        bar: shows how many batches are done.
 
     Raises:
         ConfigError: for values that do not fit.
@@ -103,12 +105,14 @@ class Scorer:
         system_instruction: str | None = None,
         fewshot_as_multiturn: bool = True,
         base_cache: str | Path | None = None,
+        bar: Bar = no_bar,
     ) -> None:
         if batch_tokens < 1:
             raise ConfigError(f"`batch_tokens` must be 1 or more: got {batch_tokens}.")
         self.module = module
         self.batch_tokens = batch_tokens
         self.context = context
+        self.bar = bar
         self.forward = find_forward(module, forward)
         self.encoder = Encoder(find_tokenizer(tokenizer, module))
         check_chat(self.encoder.tokenizer, apply_chat_template)
@@ -312,12 +316,15 @@ class Scorer:
 
         def work() -> dict[Row, list[Answer]]:
             own: dict[Row, list[Answer]] = {}
-            for turn in range(-(-len(batches) // world)):
-                number = turn * world + rank
-                batch = batches[min(number, len(batches) - 1)]
-                found = iter(self._asker.ask(batch, asked))
-                if number < len(batches):
-                    own.update({row: [next(found) for _ in asked[row]] for tree in batch for row in tree.rows})
+            turns = -(-len(batches) // world)
+            with self.bar("base" if self._in_base else "model", turns) as advance:
+                for turn in range(turns):
+                    number = turn * world + rank
+                    batch = batches[min(number, len(batches) - 1)]
+                    found = iter(self._asker.ask(batch, asked))
+                    if number < len(batches):
+                        own.update({row: [next(found) for _ in asked[row]] for tree in batch for row in tree.rows})
+                    advance(1)
             return own
 
         parts = self._together(work)
@@ -391,9 +398,10 @@ def untrained(model: nn.Module) -> bool:
     Every rank takes part.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters; without any it is what it was trained to be.
     """
-    return all(gather(all(adapter.untrained() for _, adapter in adapter_modules(model))))
+    adapters = [adapter for _, adapter in adapter_modules(model)]
+    return all(gather(bool(adapters) and all(adapter.untrained() for adapter in adapters)))
 
 
 def _item_scores(task: LoadedTask, samples: Sequence[Mapping[str, Any]]) -> list[ItemScore]:

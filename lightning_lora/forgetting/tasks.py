@@ -177,18 +177,18 @@ def without_bars() -> Iterator[None]:
 
 class _NoBars(io.TextIOBase):
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self.behind = getattr(stream, "behind", stream)  # where our own bars go
         self._after_bar = False
 
     def write(self, text: str) -> int:
         bar = "\r" in text or "\x1b[A" in text or (self._after_bar and not text.strip())
         self._after_bar = bar
         if not bar:
-            self._stream.write(text)
+            self.behind.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        self.behind.flush()
 
 
 def _resolve(spec: TaskSpec, catalogue: Catalogue) -> tuple[TaskManager, str | dict[str, Any], list[Mapping[str, Any]]]:

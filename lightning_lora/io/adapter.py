@@ -32,11 +32,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora.config import AdapterRecord
+from lightning_lora.bars import Bar, no_bar
+from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
-from lightning_lora.io.conversion import config_for
+from lightning_lora.io.conversion import config_for, repacked
 from lightning_lora.io.distributed import is_distributed
 from lightning_lora.io.folder import (
     CONFIG,
@@ -156,7 +157,13 @@ def _save(model: nn.Module, path: Path, layout: str, dtype: str | None) -> Saved
     return SavedAdapter(path, len(tensors), sum(t.nbytes for t in tensors.values()), error)
 
 
-def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None = None) -> None:
+def load_adapter(
+    model: nn.Module,
+    dir: str | os.PathLike[str],
+    name: str | None = None,
+    quantize: str | None = None,
+    bar: Bar = no_bar,
+) -> None:
     """Load an adapter folder, PEFT's, LitGPT's or ours, or a checkpoint's adapters into `model`, in place.
 
     A plain model is converted first as the folder's configuration says (a folder of ours may name a
@@ -171,6 +178,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
         dir: The folder: of `save_adapter`, of PEFT's ``save_pretrained`` (each adapter has one of its own) or of
             ``litgpt finetune_lora`` (``lit_model.pth.lora`` with its two YAML files); or a checkpoint of a run.
         name: What to call the adapter; that in use (of a plain model "default") if null.
+        quantize: How a plain model's base is packed ("none", "nf4", ...); as it was for the training if null.
+        bar: Shows how many layers of a plain model are converted.
 
     Raises:
         CheckpointError: No adapter folder, or one that cannot be read.
@@ -181,25 +190,26 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
     """
     model, path = unwrap(model), Path(dir).expanduser()
     if path.is_file() or is_distributed(path):
-        _load_checkpoint(model, path, name)
+        _load_checkpoint(model, path, name, quantize, bar)
         return
     if is_litgpt(path):
         with tempfile.TemporaryDirectory() as converted:
             convert_litgpt(model, path, Path(converted))
-            load_adapter(model, converted, name)
+            load_adapter(model, converted, name, quantize, bar)
         return
     folder = AdapterFolder.open(dir)
     folder.check_base(model)
     record = adapter_record(model)
     if record is None:
-        config = config_for(model, folder)
+        config = repacked(config_for(model, folder), quantize)
         tensors = folder.checked_tensors()
-        apply_lora(model, config)
+        apply_lora(model, config, bar=bar)
+        _notice_packing(config, folder)
         if name is not None:
             rename_adapter(model, name)
         _copy(list(places(model)), tensors, {})
         return
-    _notice_packing(record, folder)
+    _notice_packing(record.config, folder)
     if name is not None and name != record.name:
         load_resident(model, folder, name)
         return
@@ -216,7 +226,7 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str | None
     _copy(mine, folder.checked_tensors(record.verified), strengths)
 
 
-def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
+def _load_checkpoint(model: nn.Module, path: Path, name: str | None, quantize: str | None, bar: Bar) -> None:
     record = adapter_record(model)
     if name is not None and record is not None and name != record.name:
         load_checkpoint_resident(model, path, name)
@@ -224,7 +234,7 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str | None) -> None:
     if record is not None:
         refuse_in_fit(record)
     try:
-        load_checkpoint_adapter(model, path)
+        load_checkpoint_adapter(model, path, quantize, bar)
     except AdapterMismatchError:
         if name is None or record is None:
             raise
@@ -371,13 +381,13 @@ def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModu
     return found
 
 
-def _notice_packing(record: AdapterRecord, folder: AdapterFolder) -> None:
+def _notice_packing(config: LoRAConfig, folder: AdapterFolder) -> None:
     """Say when the folder was trained over a base that was packed in another way."""
     trained = (folder.record.get("config") or {}).get("quantize")
-    if trained is not None and trained != record.config.quantize:
+    if trained is not None and trained != config.quantize:
         warnings.warn(
             f"the adapter in {folder.path} was trained over a base packed as {trained!r}, this one is "
-            f"{record.config.quantize!r}: its outputs will differ a little",
+            f"{config.quantize!r}: its outputs will differ a little",
             Notice,
             stacklevel=3,
         )

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.bars import Bar, no_bar
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, Notice
 from lightning_lora.io.checkpoint import check_version, cleaned, compare_bases, load_state, naming
 from lightning_lora.io.checkpoint_file import KEY
-from lightning_lora.io.conversion import fit
+from lightning_lora.io.conversion import fit, repacked
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.folder import compare_shapes, near
 from lightning_lora.io.integrity import check_finite
@@ -60,12 +61,16 @@ class _Ranks:
         return self.config.alpha_for(_joined(self.prefix, name), name)
 
 
-def load_checkpoint_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_checkpoint_adapter(
+    model: nn.Module, path: str | os.PathLike[str], quantize: str | None = None, bar: Bar = no_bar
+) -> None:
     """Load the adapters of a checkpoint; a plain model is converted first, as the checkpoint says.
 
     Args:
         model: A transformers model, any module, or a LightningModule around one.
         path: The checkpoint.
+        quantize: How a plain model's base is packed; as the checkpoint says if null.
+        bar: Shows how many layers of a plain model are converted.
 
     Raises:
         CheckpointError: It cannot be read, or holds no adapters of this package.
@@ -77,9 +82,8 @@ def load_checkpoint_adapter(model: nn.Module, path: str | os.PathLike[str]) -> N
     prefix, root = inner_model(model)
     theirs, ours = _prefix([*entry["targets"], *entry["saved"]], plain_modules(root), path), clean(prefix)
     if not is_adapted(model):
-        apply_lora(model, _config(model, entry, theirs, path))
-    else:
-        checkpoint = _packed_as_here(model, checkpoint, path)
+        apply_lora(model, repacked(_config(model, entry, theirs, path), quantize), bar=bar)
+    checkpoint = _packed_as_here(model, checkpoint, path)
     if theirs != ours:
         checkpoint = _renamed(checkpoint, theirs, ours, _outside(model))
     load_state(model, checkpoint, strict=True, file=path)

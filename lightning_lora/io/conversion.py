@@ -49,6 +49,15 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
     return fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
 
 
+def repacked(config: LoRAConfig, quantize: str | None) -> LoRAConfig:
+    """The configuration with another packing of the base; as it is if null.
+
+    Raises:
+        ConfigError: There is no such packing.
+    """
+    return config if quantize is None else LoRAConfig.from_dict({**config.to_dict(), "quantize": quantize})
+
+
 def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
     """Our configuration from the folder's record, or one made of PEFT's words."""
     path = folder.path

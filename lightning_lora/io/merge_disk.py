@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lightning_lora.bars import Bar, no_bar, terminal_bar
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.companions import copy_companions
@@ -79,7 +79,7 @@ def merge_to_disk(
     base: str = "dequantized",
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
-    progress: bool = True,
+    progress: bool | Bar = True,
     check_base: bool = True,
 ) -> DiskMergeReport:
     """Merge an adapter folder into a folder of safetensors, without loading the model.
@@ -95,7 +95,7 @@ def merge_to_disk(
             "original" adds the update to the base as it is. The same where training packed nothing.
         dtype: "auto" (each tensor's own), "fp32", "bf16" or "fp16".
         max_shard_size: Bytes of a file, or a text such as "5GB".
-        progress: Show a bar where the error output is a terminal.
+        progress: Show a bar where the error output is a terminal; or what shows one, see `lightning_lora.bars`.
         check_base: Compare the base with the fingerprint that an adapter folder of ours records.
 
     Returns:
@@ -128,11 +128,13 @@ def merge_to_disk(
             check_base_folder(source, adapter, config)
         merge = _Merge(source, adapter, config, None if dtype == "auto" else torch_dtype(dtype), report)
         report.nbytes = sum(entry.nbytes for entry in merge.entries.values())
-        with tqdm(total=report.nbytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        bar = progress if callable(progress) else terminal_bar if progress else no_bar
+        with bar("merging", report.nbytes) as advance:
 
             def tensor(key: str) -> Tensor:
-                bar.update(merge.entries[key].nbytes)
-                return merge.tensor(key)
+                made = merge.tensor(key)
+                advance(merge.entries[key].nbytes)
+                return made
 
             report.files = write_shards(part, merge.entries, tensor, limit, _say)
         dtypes = Counter(e.dtype for e in merge.entries.values() if e.dtype.is_floating_point)

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_lora.bars import Bar, no_bar
 from lightning_lora.errors import ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder, atomic_write
 from lightning_lora.io.companions import copy_companions
@@ -62,6 +63,7 @@ def write_merged(
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
+    bar: Bar = no_bar,
 ) -> MergeReport:
     """Write the model that `model` stands for, merged, without changing `model`.
 
@@ -75,6 +77,7 @@ def write_merged(
         tokenizer: Saved beside the model; without one, files in the base model's local folder are copied.
         notes: Further entries of ``merge_report.json``.
         max_shard_size: Bytes of a file of a transformers model, or a text such as "5GB".
+        bar: Shows how many layers are merged.
 
     Returns:
         The report that was written.
@@ -89,7 +92,11 @@ def write_merged(
     _, root = adapter_root(model)
     report = MergeReport()
     with atomic_folder(dir) as part, preserve_rng(), torch.no_grad():
-        tensors = dict(merged_tensors(model, dtype, report))
+        tensors = {}
+        with bar("merging", len(list(root.parameters()))) as advance:
+            for name, tensor in merged_tensors(model, dtype, report):
+                tensors[name] = tensor
+                advance(1)
         written = Counter(t.dtype for t in tensors.values() if t.is_floating_point()).most_common(1)[0][0]
         report.dtype = str(written).removeprefix("torch.")
         if is_hf_model(root):

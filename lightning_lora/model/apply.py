@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.bars import Bar, no_bar
 from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.errors import (
     AdapterMismatchError,
@@ -61,7 +62,9 @@ class ApplyReport:
     quantize: str
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str | None = None) -> ApplyReport:
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, device: torch.device | str | None = None, bar: Bar = no_bar
+) -> ApplyReport:
     """Freeze ``model``, pack its linears as ``config.quantize`` says, and add adapters, in place.
 
     The update starts at exactly zero: the model computes what it computed before, bit for bit (a packed
@@ -72,6 +75,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
         model: Any module with linear layers; a LightningModule or a transformers model alike.
         config: What to adapt and how.
         device: Where weights are packed and then stay, the GPU that the model will run on; where they are if None.
+        bar: Shows how many layers are done.
 
     Raises:
         AlreadyAdaptedError: The model already carries adapters, or they were merged into it in memory.
@@ -95,18 +99,21 @@ def apply_lora(model: nn.Module, config: LoRAConfig, device: torch.device | str 
     packed = _packable(model, targets.packed) if config.quantize != "none" else set()
     adapted = set(targets.adapted)
     narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
-    for name in [n for n in paths if n in adapted or n in packed or n in taken]:
-        layer = original = model.get_submodule(name)
-        if name in taken:
-            layer = adopt_linear(layer, narrow)
-        elif name in packed:
-            weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
-            layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
-        if name in adapted:
-            layer = LoRALinear(
-                layer, record, config.rank_for(*names_of(name, prefix)), config.alpha_for(*names_of(name, prefix))
-            )
-        _replace(model, paths[name], layer.train(original.training))
+    todo = [n for n in paths if n in adapted or n in packed or n in taken]
+    with bar("packing" if packed else "adapting", len(todo)) as advance:
+        for name in todo:
+            layer = original = model.get_submodule(name)
+            if name in taken:
+                layer = adopt_linear(layer, narrow)
+            elif name in packed:
+                weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
+                layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
+            if name in adapted:
+                layer = LoRALinear(
+                    layer, record, config.rank_for(*names_of(name, prefix)), config.alpha_for(*names_of(name, prefix))
+                )
+            _replace(model, paths[name], layer.train(original.training))
+            advance(1)
     _close_fast_paths(model)
     logical, packed_bytes = _count(model, skip=set(map(id, _added(model))))
     return ApplyReport(

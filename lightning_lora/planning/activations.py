@@ -26,6 +26,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.model.targets import find_targets
 from lightning_lora.planning.architecture import build
+from lightning_lora.planning.decoders import DecoderConfig
 
 #: Depths that are run; models of no more blocks than the second are run as they are.
 SHALLOW, DEEP = 2, 4
@@ -61,7 +62,7 @@ def activations(
     """Count what one batch keeps: sequences of one length, without padding.
 
     Args:
-        config: transformers' configuration of a causal language model.
+        config: transformers' configuration of a causal language model, or a `DecoderConfig`.
         lora: The adapters; None for full fine-tuning.
         batch_size: Sequences.
         sequence_length: Tokens in each.
@@ -111,9 +112,7 @@ class _Saved:
 
 
 def _saved(config: Any, lora: LoRAConfig | None, shape: tuple[int, int], dtype: torch.dtype) -> _Saved:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
+    with _without_values(config):
         model = build(config, dtype).train()
         model.requires_grad_(lora is None)
         own = {_key(t) for t in [*model.parameters(), *model.buffers()]}
@@ -138,6 +137,15 @@ def _saved(config: Any, lora: LoRAConfig | None, shape: tuple[int, int], dtype: 
         held.append(loss)
         keep(logits)
         return _Saved(sum(seen.values()), sum(seen.values()) - before)
+
+
+def _without_values(config: Any) -> Any:
+    """Where tensors are made that have no values: as on a CPU, for the code of transformers."""
+    if isinstance(config, DecoderConfig):
+        return torch.device("meta")  # its attention says what it keeps; importing the fake mode takes seconds
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 def _keep_inputs(model: nn.Module, lora: LoRAConfig, keep: Any) -> None:

@@ -23,6 +23,7 @@ from lightning_lora.errors import ConfigError, MissingDependencyError, Notice
 from lightning_lora.model.targets import Targets, find_heads, find_targets
 from lightning_lora.nn.linear import is_conv1d, linear_shape
 from lightning_lora.nn.quantized import PackedWeight
+from lightning_lora.planning.decoders import Decoder, DecoderConfig, known_decoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Architecture:
 
     Args:
         name: Of its class.
-        config: transformers' configuration.
+        config: transformers' configuration, or a `DecoderConfig`.
         params: Parameters.
         nbytes: Bytes of parameters and buffers in the dtype asked for [bytes].
         matmul_params: Parameters that a token is multiplied with: all linears, the head too.
@@ -109,11 +110,29 @@ def read_config(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
         ) from error
 
 
+def read_any(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
+    """A configuration with what a plan needs: a `DecoderConfig` where the family is known, else transformers'.
+
+    Raises:
+        ConfigError, MissingDependencyError: See `read_config`.
+    """
+    values = model
+    if isinstance(model, str | os.PathLike):
+        path = Path(model).expanduser()
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return read_config(model)  # which says what is wrong, or finds a name in the cache
+    known = known_decoder(values) if isinstance(values, Mapping) else None
+    return read_config(model) if known is None else known
+
+
 def architecture(config: Any, lora: LoRAConfig, dtype: torch.dtype) -> Architecture:
     """Build the model on the meta device and count.
 
     Args:
-        config: transformers' configuration.
+        config: transformers' configuration, or a `DecoderConfig`.
         lora: Which modules, which ranks, and how linears are packed ("none": as for nf4).
         dtype: Of the base.
 
@@ -133,7 +152,7 @@ def architecture(config: Any, lora: LoRAConfig, dtype: torch.dtype) -> Architect
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
     text = config.get_text_config()
     return Architecture(
-        name=type(model).__name__,
+        name=config.name if isinstance(config, DecoderConfig) else type(model).__name__,
         config=config,
         params=sum(p.numel() for p in model.parameters()),
         nbytes=nbytes,
@@ -165,6 +184,8 @@ def build(config: Any, dtype: torch.dtype) -> nn.Module:
     Raises:
         ConfigError: transformers cannot build it.
     """
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, dtype)
     import transformers
 
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "", None)

@@ -14,7 +14,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.planning.activations import Activations, activations
 from lightning_lora.planning.advice import advise
-from lightning_lora.planning.architecture import architecture, read_config
+from lightning_lora.planning.architecture import architecture, read_any
 from lightning_lora.planning.devices import find_device
 from lightning_lora.planning.estimate import METHODS, estimate
 from lightning_lora.planning.result import Plan
@@ -62,7 +62,7 @@ def plan(
         raise ConfigError(f'`dtype` must be "bf16", "fp16" or "fp32", got {dtype!r}')
     device = None if gpu is None else find_device(gpu)
     lora = LoRAConfig() if config is None else config
-    own = read_config(model)
+    own = read_any(model)
     base: torch.dtype = torch_dtype(dtype)
     found = architecture(own, lora, base)
     saved, notes = _activations(own, lora, batch_size, sequence_length, base)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import lightning_lora
 from lightning_lora.cli.main import main
 from lightning_lora.config import LoRAConfig
+from lightning_lora.io import merge_disk
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.io.merge import merge_adapters
 from lightning_lora.model.apply import apply_lora
@@ -70,6 +73,34 @@ def test_the_script_that_pip_installs_is_this_one() -> None:
     assert getattr(importlib.import_module(module), name) is main
 
 
+def test_version_and_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip().endswith(lightning_lora.__version__)
+    for shell in ("bash", "zsh"):
+        assert main(["completion", shell]) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in ("fail_on_forgetting", "--layout", "inspect"))
+        if shell == "bash":
+            (tmp_path / "completion").write_text(said)
+    ask = f"source {tmp_path}/completion; COMP_WORDS=(lightning-lora ev); COMP_CWORD=1; COMP_LINE='lightning-lora ev'; "
+    ask += "$(complete -p lightning-lora | sed 's/.*-F \\([^ ]*\\).*/\\1/') lightning-lora ev lightning-lora; "
+    done = subprocess.run(["bash", "-c", ask + "echo ${COMPREPLY[@]}"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "eval"
+
+
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal in the midst of a merge."""
+    adapter = folder(tmp_path)
+    monkeypatch.setattr(merge_disk, "copy_companions", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(["merge", str(tmp_path / "base"), str(adapter), str(tmp_path / "merged")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "lightning-lora merge: interrupted"
+    assert not (tmp_path / "merged").exists()
+
+
 def test_inspect_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run(tmp_path, "inspect", str(folder(tmp_path, use_rslora=True)))
     assert done.returncode == 1
@@ -79,7 +110,8 @@ def test_inspect_in_a_process_of_its_own(tmp_path: Path) -> None:
     nowhere = run(tmp_path, "inspect", str(tmp_path / "nowhere"), module=True)
     assert nowhere.returncode == 2
     assert nowhere.stdout == ""
-    assert nowhere.stderr.strip() == f"lightning-lora inspect: error: there is no adapter folder at {tmp_path}/nowhere"
+    (line,) = nowhere.stderr.splitlines()
+    assert line.startswith(f"lightning-lora inspect: error: there is no adapter folder at {tmp_path}/nowhere")
 
 
 def test_inspect_says_ok_or_what_is_wrong_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

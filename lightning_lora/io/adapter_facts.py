@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adapter_facts`: what an adapter folder or a checkpoint holds, from the file alone; no model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig, scaling
+from lightning_lora.errors import AdapterMismatchError, CheckpointError
+from lightning_lora.io.checkpoint import check_version
+from lightning_lora.io.checkpoint_file import KEY
+from lightning_lora.io.distributed import is_distributed, read_either
+from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.names import clean
+from lightning_lora.io.tensor_files import TensorFolder
+from lightning_lora.model.spectrum import Spectrum, singular_values
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a file says of its adapter.
+
+    Args:
+        checkpoint: Whether it is a run's checkpoint, not a folder.
+        config: `LoRAConfig` as far as it is known, and of a folder PEFT's configuration before it, in primitives.
+        fingerprint: Of the base; None where the file has none.
+        step: Optimizer steps taken; None for a folder.
+        modules: The spectrum of each low-rank module, by name.
+        saved: Names of what was trained in full.
+        parameters: How many parameters the file holds.
+    """
+
+    checkpoint: bool
+    config: dict[str, Any]
+    fingerprint: dict[str, Any] | None
+    step: int | None
+    modules: dict[str, Spectrum]
+    saved: list[str]
+    parameters: int
+
+
+def adapter_facts(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> AdapterFacts:
+    """Read an adapter.
+
+    Args:
+        path: Adapter folder or checkpoint.
+        base: Folder of the base model; with it the norms of its weights are known.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no adapters of this package.
+        UnsupportedError: The folder uses a method that is not built.
+    """
+    place = Path(path).expanduser()
+    if place.is_file() or is_distributed(place):
+        return _of_checkpoint(place, base)
+    folder = AdapterFolder.open(place)
+    tensors = folder.checked_tensors()
+    pairs, rest = _pairs({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}, ".lora_{}.weight")
+    scales = {name: folder.scale(name) for name in pairs}
+    return AdapterFacts(
+        False,
+        {**(folder.record.get("config") or {}), **folder.config},
+        folder.record.get("fingerprint"),
+        None,
+        _spectra({name: pairs[name] for name in sorted(pairs, key=_order)}, scales, base),
+        list(dict.fromkeys(key.rpartition(".")[0] for key in rest)),
+        sum(tensor.numel() for tensor in tensors.values()),
+    )
+
+
+def _of_checkpoint(path: Path, base: str | os.PathLike[str] | None) -> AdapterFacts:
+    checkpoint = read_either(path, optimizers=False)
+    entry = checkpoint.get(KEY)
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{path} holds no adapters of this package")
+    check_version(entry)
+    config, strength = LoRAConfig.from_dict(entry["config"]), entry.get("strength") or {}
+    state = {clean(key): tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
+    wanted = {key: t for key, t in state.items() if key.startswith(tuple(f"{n}." for n in entry["targets"]))}
+    pairs, _ = _pairs(wanted, ".adapter.lora_{}")
+    scales = {}
+    for name in pairs:
+        # A pattern's key is for the name inside the transformers model, whose place in the run the file does not tell.
+        parts = name.split(".")
+        names = [".".join(parts[i:]) for i in range(len(parts))]
+        alpha, rank = config.alpha_for(*names), config.rank_for(*names)
+        scales[name] = scaling(rank, alpha, config.use_rslora) * strength.get(name, 1.0)
+    saved = [key for key in state if key.startswith(tuple(f"{name}." for name in entry["saved"]))]
+    return AdapterFacts(
+        True,
+        config.to_dict(),
+        entry.get("fingerprint"),
+        checkpoint.get("global_step"),
+        _spectra(pairs, scales, base),
+        list(entry["saved"]),
+        sum(tensor.numel() for key, tensor in state.items() if key in wanted or key in saved),
+    )
+
+
+def _order(name: str) -> list[tuple[int, int | str]]:
+    """Layer 10 comes after layer 9; files are in the order of letters."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+
+
+def _pairs(tensors: Mapping[str, Tensor], ending: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A and B of each low-rank module, and the keys of everything else."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    rest = []
+    for key, tensor in tensors.items():
+        factor = next((x for x in "AB" if key.endswith(ending.format(x))), None)
+        if factor is None:
+            rest.append(key)
+        else:
+            pairs.setdefault(key.removesuffix(ending.format(factor)), {})[factor] = tensor
+    halves = [name for name, factors in pairs.items() if len(factors) < 2]
+    if halves:
+        raise AdapterMismatchError(f"{halves[0]!r} has one of its two factors only: save the adapter again")
+    return pairs, rest
+
+
+def _spectra(
+    pairs: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, float], base: str | os.PathLike[str] | None
+) -> dict[str, Spectrum]:
+    norms = {} if base is None else _norms(Path(base).expanduser(), pairs)
+    return {
+        name: Spectrum(f["A"].shape[0], singular_values(f["A"], f["B"], scales[name]), norms.get(name, float("nan")))
+        for name, f in pairs.items()
+    }
+
+
+def _norms(base: Path, names: Iterable[str]) -> dict[str, float]:
+    """Frobenius norms of the base's weights, one tensor in memory at a time; what has no place there is left out."""
+    found = {}
+    with TensorFolder(base) as source:
+        for name in names:
+            parts = f"{name}.weight".split(".")
+            key = next((k for i in range(len(parts)) if (k := ".".join(parts[i:])) in source.entries), None)
+            if key is not None and len(source.entries[key].shape) == 2:
+                found[name] = float(torch.linalg.vector_norm(source.tensor(key), dtype=torch.float32))
+    return found
