@@ -26,7 +26,7 @@ from lightning_lora.forgetting.remedies import holds
 from lightning_lora.forgetting.scales import SHAPES, at_scale, multiply_scale
 from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
 from lightning_lora.io.atomic import atomic_write
-from lightning_lora.ranks import from_rank_zero, gather, together
+from lightning_lora.ranks import from_rank_zero, gather, notice, together
 from lightning_lora.reporting.learning import plot_run
 from lightning_lora.reporting.output import hand_out_figure, save_figure
 
@@ -104,7 +104,7 @@ class ScaleSweep(Callback):
         self.scales = check_scales(scales)
         self.monitor, self.mode, self.shape = monitor, mode, shape
         self.tolerance, self.items, self.dirpath = tolerance, items, dirpath
-        #: The curve and what was kept; None before the end of training.
+        #: The curve and what was kept; None before the end of training. A checkpoint of what was kept holds it.
         self.result: Sweep | None = None
         self._learned: dict[int, float] = {}  # the metric by optimizer steps, while training went on
         self._own: ForgettingMonitor | None = None
@@ -118,9 +118,18 @@ class ScaleSweep(Callback):
                 include_path=include_path,
             )
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(scales=self.scales, monitor=self.monitor, shape=self.shape)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.result, self._learned = None, {}  # before a checkpoint's are loaded
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.result, self._learned = None, {}
         if not trainer.enable_validation:
             raise ConfigError(
                 f"ScaleSweep takes the target metric `{self.monitor}` from validation, and this run has none: give the "
@@ -136,9 +145,22 @@ class ScaleSweep(Callback):
             self._learned[trainer.global_step] = float(trainer.callback_metrics[self.monitor])
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = self.result
+        if found is not None and found.scale != 1.0 and found.step <= trainer.global_step:
+            notice(
+                f"ScaleSweep: the adapters of this checkpoint are at the scale of {found.scale:g} that was kept at "
+                f"step {found.step}. Training goes on from these adapters, and at its end shares of what they are "
+                f"then are tried."
+            )
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("ScaleSweep: no scale is tried with `fast_dev_run`")
+            return
+        if self.result is not None and self.result.step == trainer.global_step:
+            rank_zero_info(f"ScaleSweep: the scale of {self.result.scale:g} was kept at this very step before")
             return
         bank = self._bank(trainer)
         tolerance = bank.tolerance if self.tolerance is None else self.tolerance
@@ -153,6 +175,26 @@ class ScaleSweep(Callback):
             for monitor in _monitors(trainer):
                 monitor.conclude(trainer)  # its verdict was on all of the adapter
             renew_checkpoints(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.result is None and not getattr(trainer, "fast_dev_run", False):
+            # Lightning calls no hook of training for a run that has nothing left to train.
+            notice(
+                f"ScaleSweep: this run was over when it was resumed at step {trainer.global_step}, from a checkpoint "
+                f"of before its sweep: no scale is tried now, and all of the adapter stands. Resume from an earlier "
+                f"checkpoint, or train a step more."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"result": None if self.result is None else self.result.to_dict(), "learned": dict(self._learned)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        found = state_dict["result"]
+        self.result = None if found is None else Sweep.from_dict(found)
+        self._learned = {int(step): value for step, value in state_dict["learned"].items()}
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -54,7 +54,9 @@ def watch(task: str, **kwargs: Any) -> ForgettingMonitor:
     return ForgettingMonitor(task, tiny.tokenizer(), on_fit_start=False, **kwargs)
 
 
-def fit(folder: Path, callbacks: list[L.Callback], lr: float = 0.01, **kwargs: Any) -> tuple[L.Trainer, tiny.Student]:
+def fit(
+    folder: Path, callbacks: list[L.Callback], lr: float = 0.01, ckpt_path: str | None = None, **kwargs: Any
+) -> tuple[L.Trainer, tiny.Student]:
     L.seed_everything(7)
     values: dict[str, Any] = {"devices": 1, "max_steps": 6, "val_check_interval": 3, "logger": False}
     trainer = L.Trainer(
@@ -62,7 +64,7 @@ def fit(folder: Path, callbacks: list[L.Callback], lr: float = 0.01, **kwargs: A
         num_sanity_val_steps=0, callbacks=[LoRA(r=4), *callbacks], **{**values, **kwargs},
     )  # fmt: skip
     student = tiny.Student(lr=lr)
-    trainer.fit(student, tiny.loader(), tiny.loader(8))
+    trainer.fit(student, tiny.loader(), tiny.loader(8), ckpt_path=ckpt_path)
     return trainer, student
 
 
@@ -110,6 +112,75 @@ def test_what_is_kept_is_in_the_live_model_the_merge_the_files_and_the_verdict(k
     assert monitor.report is not None
     assert monitor.report.kind == "verdict"
     assert monitor.report.pooled == found.chosen.pooled
+
+
+class Cut(L.Callback):
+    """Ends a run, or has one that is resumed end at once."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.validated = where, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = self.where == "at once"
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.validated += 1
+            if (self.where, self.validated) == ("sweep", 2):
+                raise KeyError("cut")
+
+
+def test_a_resume_keeps_the_scale_and_sweeps_nothing_twice(known: str, tmp_path: Path) -> None:
+    def run(folder: str, cut: str = "", **kwargs: Any) -> tuple[ScaleSweep, Cut, tiny.Student]:
+        sweep, stops = ScaleSweep((0.1, 0.3), dirpath=tmp_path), Cut(cut)
+        checkpoint = AdapterCheckpoint(tmp_path / folder, every_n_train_steps=3, save_last=True)
+        callbacks = [stops, watch(known, tolerance=0.08, gauges=False), sweep, checkpoint]
+        _, student = fit(tmp_path, callbacks, **kwargs)
+        return sweep, stops, student
+
+    last = str(tmp_path / "a" / "last.ckpt")
+    first, cut, student = run("a")
+    found = first.result
+    assert found is not None
+    assert 0 < found.scale < 1
+    assert cut.validated == 3
+    kept = {name: tensor.clone() for name, tensor in adapter_state_dict(student).items()}
+    # nothing to train, and nothing trained
+    for where, steps in (("", 6), ("at once", 8)):
+        again, cut, student = run("b", where, ckpt_path=last, max_steps=steps)
+        assert again.result == found
+        assert cut.validated == 0
+        assert {m.strength for _, m in adapter_modules(student)} == {found.scale}
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter_state_dict(student).items())
+    # trained on: another sweep, of what the adapters are then
+    with pytest.warns(Notice, match=rf"at the scale of {found.scale:g} that was kept at step 6. Training goes on"):
+        again, cut, student = run("c", ckpt_path=last, max_steps=8)
+    assert again.result is not None
+    assert (again.result.step, cut.validated) == (8, 3)
+    (strength,) = {m.strength for _, m in adapter_modules(student)}
+    assert strength == pytest.approx(found.scale * again.result.scale)
+
+
+def test_a_run_that_was_cut_inside_its_sweep_says_what_is_to_be_done(known: str, tmp_path: Path) -> None:
+    def run(cut: str, **kwargs: Any) -> tuple[ScaleSweep, tiny.Student]:
+        sweep = ScaleSweep((0.1, 0.3), dirpath=tmp_path)
+        checkpoint = AdapterCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_last=True, save_top_k=-1)
+        callbacks = [Cut(cut), watch(known, tolerance=0.08, gauges=False), sweep, checkpoint]
+        return sweep, fit(tmp_path, callbacks, **kwargs)[1]
+
+    with pytest.raises(KeyError, match="cut"):
+        run("sweep")
+    (earlier,) = [str(path) for path in (tmp_path / "ckpt").glob("*step=3.ckpt")]
+    with pytest.warns(
+        Notice, match="over when it was resumed at step 6.*no scale is tried now, and all of the adapter"
+    ):
+        sweep, student = run("", ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+    assert sweep.result is None
+    assert {m.strength for _, m in adapter_modules(student)} == {1.0}
+    sweep, student = run("", ckpt_path=earlier)
+    assert sweep.result is not None
+    assert sweep.result.scale < 1
+    assert {m.strength for _, m in adapter_modules(student)} == {sweep.result.scale}
 
 
 def test_a_scale_of_one_leaves_no_trace(known: str, tmp_path: Path) -> None:
