@@ -37,8 +37,8 @@ class BaseKL(Callback):
     step returned: Lightning's accumulation, precision and DDP treat it as they treat the loss. It costs one forward
     without gradient. Logged as ``base_kl`` [nats/token].
 
-    Positions without a next token, with a next token that ``attention_mask`` leaves out, or whose label is -100 (where
-    the model is given ``labels``), do not count.
+    Positions without a next token, of which ``attention_mask`` leaves out the token or the next one, or whose label is
+    -100 (where the model is given ``labels``), do not count.
 
     Example::
 
@@ -192,7 +192,7 @@ class Call:
         if ids is None:
             ids = next((x for x in self.args if self._is_like_ids(x)), None)
         if mask is not None:
-            keep[:, :-1] &= mask[:, 1:] != 0
+            keep[:, :-1] &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)  # padding may stand on either side
         if labels is not None:
             keep[:, :-1] &= labels[:, 1:] != -100
         if ids is None:

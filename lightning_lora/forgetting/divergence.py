@@ -17,6 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What a gradient that waits in float16 is multiplied by: it lies in [-1, 1], most of it near 1 / vocabulary, of which
+#: float16 by itself would make 0 before a loss's scale could reach it. No product overflows.
+_HALF_SCALE = 2.0**15
+
 #: Numbers in one piece of work: what is held in float32 at a time, whatever the vocabulary and the batch.
 PIECE = 1 << 22
 
@@ -25,7 +29,8 @@ def kl_sum(logits: Tensor, base: Tensor, keep: Tensor | None = None, masked: Ten
     """KL(base || model), summed over positions; differentiable in ``logits``, once.
 
     Computed in float32 piece by piece. For a backward its gradient takes the place of ``base``, so that nothing
-    else of the size of the logits is kept.
+    else of the size of the logits is kept. What the loss is multiplied by (a scaler's scale in float16) is multiplied
+    with it in float32 and rounded once, to the dtype of the logits.
 
     Args:
         logits: the model's, (positions, vocabulary).
@@ -63,7 +68,7 @@ class _KLSum(torch.autograd.Function):
                 grad *= keep[part, None]
             total += kl.sum()
             if ctx.needs_input_grad[0]:
-                base[part] = grad.to(base.dtype)
+                base[part] = (grad * _HALF_SCALE if base.dtype == torch.float16 else grad).to(base.dtype)
         ctx.save_for_backward(base)
         return total
 
@@ -71,4 +76,10 @@ class _KLSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None
+        if grad.dtype != torch.float16:
+            return grad * upstream.to(grad.dtype), None, None, None
+        found, factor = torch.empty_like(grad), upstream.float() / _HALF_SCALE
+        rows = max(1, PIECE // grad.shape[-1])
+        for own, part in zip(found.split(rows), grad.split(rows), strict=True):
+            own.copy_(part.float() * factor)
+        return found, None, None, None

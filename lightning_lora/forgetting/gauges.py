@@ -102,7 +102,7 @@ class Gauges:
                 )
             self._said = True
             return {}
-        ids, mask = _fitting(found, min(scorer.max_length, TOKENS))
+        ids, mask = _fitting(_from_the_left(*found), min(scorer.max_length, TOKENS))
         with scorer.as_one("measure the KL to the base"):
             own = divergence_on(scorer, ids, mask)
         total, positions = (sum(part) for part in zip(*gather(own), strict=True))
@@ -312,6 +312,17 @@ def _batches(rows: Sequence[list[int]], tokens: int) -> list[list[list[int]]]:
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def _from_the_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch and its mask with each row's padding at its end.
+
+    There a causal model does not see it, whatever the model's function takes beside ids; a text that begins after
+    padding would be read with it, and at other positions than in training.
+    """
+    before = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), 0)
+    places = (torch.arange(ids.shape[1], device=ids.device) + before[:, None]) % ids.shape[1]
+    return ids.gather(1, places), mask.gather(1, places)
 
 
 def _fitting(found: tuple[Tensor, Tensor], most: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_lora import ForgettingMonitor, LoRA, disable_adapters
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, Notice
 from lightning_lora.forgetting import gauges as module
 from lightning_lora.forgetting.degeneration import continuations, distinct_ngrams, endless, repeated_ngrams
@@ -28,8 +29,9 @@ from lightning_lora.forgetting.gauges import (
 )
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.tasks import LoadedTask
+from lightning_lora.model.apply import apply_lora
 from tests.forgetting import tiny
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, random_adapters
 
 TEXTS = ["the old house sleeps and the river runs of stone and sun and moon", "a red bird", "the cat sings in the sun"]
 
@@ -86,6 +88,31 @@ def test_divergence_on_the_training_batch(scorer: Scorer, make: Any) -> None:
     logs = [both(scorer, row) for row in rows]
     kl = sum(float((p.exp() * (p - q)).sum()) for q, p in logs) / sum(len(row) - 1 for row in rows)
     assert measured(scorer, batch=make(ids, mask))["forgetting/kl"] == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["rotary", "learned positions"])
+def test_padding_on_either_side_gives_the_same_divergence(tokenizer: Any, make: Any) -> None:
+    """To the bit; a row of padding alone counts for nothing, and a batch longer than a forward is cut at its texts."""
+    model = make()
+    apply_lora(model, LoRAConfig(r=4))
+    random_adapters(model, std=0.3)
+    scorer = Scorer(model.eval(), tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 300, (n,), generator=generator).tolist() for n in (9, 4, 2)]
+    found = {}
+    for width in (12, 100):
+        for side in ("left", "right"):
+            pads = [[0] * (width - len(row)) for row in rows]
+            parts = zip(pads, rows, strict=True)
+            ids = torch.tensor([pad + row if side == "left" else row + pad for pad, row in parts] + [[0] * width])
+            mask = torch.zeros_like(ids)
+            for k, row in enumerate(rows):
+                mask[k, slice(width - len(row), None) if side == "left" else slice(len(row))] = 1
+            found[width, side] = measured(scorer, batch={"input_ids": ids, "attention_mask": mask})["forgetting/kl"]
+    logs = [both(scorer, row) for row in rows]
+    kl = sum(float((p.exp() * (p - q)).sum()) for q, p in logs) / sum(len(row) - 1 for row in rows)
+    for width in (12, 100):
+        assert found[width, "left"] == found[width, "right"] == pytest.approx(kl, rel=1e-4)
 
 
 def test_untrained_adapters_have_moved_nothing(tokenizer: Any) -> None:
