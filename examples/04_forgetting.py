@@ -10,7 +10,6 @@ is asked before, during and after, each item of the model and of its base: a tab
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,6 @@ import lightning as L
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the examples are not a package
 from demo.shakespeare import Shakespeare, ShakespeareData
 from lightning_lora import BaseKL, ForgettingMonitor, LoRA, ReplayMix
-from lightning_lora.reporting import plot_forgetting
 from small_base.corpus import split_speeches
 from small_base.data import MODEL_DIR, TASKS_DIR, blocks, load_tokenizer
 
@@ -32,7 +30,7 @@ def remedies(block_size: int) -> dict[str, list[L.Callback]]:
     return {"LoRA": [], "with BaseKL": [BaseKL(weight=1.0)], "with ReplayMix": [ReplayMix(rows, share=0.25)]}
 
 
-def run(added: list[L.Callback], args: argparse.Namespace) -> tuple[float, ForgettingMonitor]:
+def run(added: list[L.Callback], out: Path, args: argparse.Namespace) -> tuple[float, ForgettingMonitor]:
     """Train; the loss on held-out Shakespeare, and the monitor with its verdict."""
     L.seed_everything(0, verbose=False)
     monitor = ForgettingMonitor(
@@ -42,6 +40,7 @@ def run(added: list[L.Callback], args: argparse.Namespace) -> tuple[float, Forge
         items_per_eval=args.items,
         tolerance=0.01,
         on_forgetting="warn",  # or "stop", "rollback", "scale"
+        dirpath=out,  # every look as JSON, every item, a plot
     )
     trainer = L.Trainer(
         max_steps=args.steps,
@@ -63,20 +62,15 @@ def run(added: list[L.Callback], args: argparse.Namespace) -> tuple[float, Forge
 
 def main() -> None:
     args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", message=".*(set_vital|treespec|many workers).*")
     lines = [f"{'':<16}{'loss':>6}{'accuracy':>20}{'difference':>18}{'lost':>6}{'gained':>8}"]
     for name, added in remedies(args.block_size).items():
-        loss, monitor = run(added, args)
+        loss, monitor = run(added, args.out / name.replace(" ", "_"), args)
         task = monitor.report.pooled
         lines.append(
             f"{name:<16}{loss:>6.2f}{100 * task.acc_base:>10.1f} -> {100 * task.acc:.1f} %"
             f"{100 * task.delta:>+9.1f} +- {100 * task.delta_se:.1f}{task.flips_lost:>8}{task.flips_gained:>8}"
         )
-        file = args.out / f"{name.replace(' ', '_')}.json"
-        file.write_text(json.dumps([report.to_dict() for report in monitor.history], indent=2) + "\n")
-        figure, _ = plot_forgetting(monitor.history)
-        figure.savefig(file.with_suffix(".png"), dpi=110)
     print("\n" + "\n".join(lines))
 
 

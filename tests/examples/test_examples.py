@@ -63,10 +63,10 @@ def test_forgetting(tmp_path: Path) -> None:
     rows = out.strip().splitlines()[-3:]
     assert [row.split("  ")[0] for row in rows] == ["LoRA", "with BaseKL", "with ReplayMix"]
     for name in ("LoRA", "with_BaseKL", "with_ReplayMix"):
-        assert (tmp_path / f"out/{name}.png").is_file()
-        history = json.loads((tmp_path / f"out/{name}.json").read_text())
-        assert history[-1]["kind"] == "verdict"
-        assert history[0]["pooled"]["delta"] == 0  # nothing is trained yet
+        assert (tmp_path / f"out/{name}/forgetting.png").is_file()
+        looks = json.loads((tmp_path / f"out/{name}/forgetting.json").read_text())
+        assert looks[-1]["kind"] == "verdict"
+        assert looks[0]["pooled"]["delta"] == 0  # nothing is trained yet
 
 
 @pytest.mark.slow
