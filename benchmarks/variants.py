@@ -57,23 +57,26 @@ def load_base(folder: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
 
 
 def build(name: str, folder: str, dtype: torch.dtype, r: int = 16) -> Variant:
-    """One of frozen, full, ours[-nf4][-drop], peft[-nf4][-same][-drop] ("same": adapters in the base's dtype)."""
+    """One of frozen, full, ours[-nf4][-drop], peft[-nf4][-same][-drop] ("same": adapters in the base's dtype).
+
+    "-dora" behind any of ours and PEFT's makes it DoRA.
+    """
     kind, *options = name.split("-")
-    dropout = 0.05 if "drop" in options else 0.0
+    dropout, dora = 0.05 if "drop" in options else 0.0, "dora" in options
     if kind in ("frozen", "full"):
         model = load_base(folder, dtype).requires_grad_(kind == "full")
     elif kind == "ours":
         model = load_base(folder, dtype)
         quantize: Any = "nf4" if "nf4" in options else "none"
-        apply_lora(model, LoRAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize))
+        apply_lora(model, LoRAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize, use_dora=dora))
     elif kind == "peft":
-        model = _peft(folder, dtype, r, dropout, "nf4" in options, autocast="same" not in options)
+        model = _peft(folder, dtype, r, dropout, "nf4" in options, "same" not in options, dora)
     else:
         raise ValueError(f"unknown variant {name!r}")
     return Variant(model.train(), [p for p in model.parameters() if p.requires_grad])
 
 
-def _peft(folder: str, dtype: torch.dtype, r: int, dropout: float, nf4: bool, autocast: bool) -> nn.Module:
+def _peft(folder: str, dtype: torch.dtype, r: int, dropout: float, nf4: bool, autocast: bool, dora: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig
 
@@ -81,7 +84,9 @@ def _peft(folder: str, dtype: torch.dtype, r: int, dropout: float, nf4: bool, au
     if nf4:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         quantized = {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
-    lora = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=dora
+    )
     return get_peft_model(load_base(folder, dtype, **quantized), lora, autocast_adapter_dtype=autocast)
 
 

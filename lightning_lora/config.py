@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError
 
 QuantizeMode = Literal["none", "nf4", "nf4-dq", "fp4", "int8"]
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
@@ -40,7 +40,7 @@ class LoRAConfig:
         rank_pattern: Ranks for some modules, by name suffix or regular expression: ``{"q_proj": 32}``.
         alpha_pattern: The same for ``lora_alpha``.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
-        use_dora: Not built in this version: must be false.
+        use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu et al. 2024).
         init_lora_weights: Start of A: "kaiming" (uniform, as PEFT's default) or "gaussian"
             (standard deviation 1/r). B is zero either way.
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq" (its scales packed too), "fp4", "int8".
@@ -75,8 +75,6 @@ class LoRAConfig:
     loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.use_dora:
-            raise UnsupportedError("`use_dora=True`: DoRA is not built in this version; leave it false")
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
         _check_table("rank_pattern", self.rank_pattern)

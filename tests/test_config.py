@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_lora.config import LoRAConfig, scaling
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "`r` must be an integer of at least 1, got 0"),
@@ -56,11 +56,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_used_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         LoRAConfig(**values)
-
-
-def test_what_is_not_built_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="`use_dora=True`: DoRA is not built in this version; leave it false"):
-        LoRAConfig(use_dora=True)
 
 
 def test_arguments_without_a_method_are_absent() -> None:

@@ -26,7 +26,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "rng": (),
     "ranks": (),
     "bars": (),
-    "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "saved"),
+    "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "dora", "saved"),
     "model": (
         *(
             "inner",

@@ -54,7 +54,7 @@ class LoRA(Callback):
         rank_pattern: Ranks for some modules, by name suffix or regular expression.
         alpha_pattern: The same for `lora_alpha`.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
-        use_dora: Not built in this version; must be false.
+        use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu et al. 2024).
         init_lora_weights: Start of A, "kaiming" or "gaussian"; B is zero either way.
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
         compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.

@@ -293,7 +293,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "fan_in_fan_out": any(m.fan_in_fan_out for _, m in named_adapters(model) if isinstance(m, LoRALinear)),
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
         **dataclasses.asdict(spec),
     }
@@ -340,7 +340,7 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     errors = [0.0]
     for key, raw, live in entries(model):
         written = tensors[key]
-        if ".lora_" not in key and live.is_floating_point():
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")) and live.is_floating_point():
             size, difference = live.float().norm().cpu(), (written.float() - live.float().cpu()).norm()
             errors.append(float(difference / size.clamp(min=1e-30)))
         if exact and not _same_bits(written, live.cpu()):
@@ -365,7 +365,9 @@ def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModu
         AdapterMismatchError: Neither gives that scale.
     """
     recorded = folder.record.get("strength")
-    choices = [1.0, *([float(recorded)] if isinstance(recorded, int | float) else [])]
+    choices = [1.0]
+    if isinstance(recorded, int | float) and not folder.config.get("use_dora"):  # whose file has m at that strength
+        choices.append(float(recorded))
     found: dict[AdapterModule, float] = {}
     for key, _, module, _ in mine:
         if isinstance(module, LoRALinear) and module not in found:
@@ -375,7 +377,7 @@ def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModu
             if not fitting:
                 raise AdapterMismatchError(
                     f"{folder.path}: {name!r} is scaled by {scale:.6g} there and by {module.scaling:.6g} in the "
-                    "model: convert it with the same `r`, `lora_alpha` and `use_rslora`"
+                    "model: convert it with the same `r`, `lora_alpha` and `use_rslora`, or load it under another name"
                 )
             found[module] = fitting[0]
     return found

@@ -27,7 +27,7 @@ from lightning_lora.io.conversion import fit, repacked
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.folder import compare_shapes, near
 from lightning_lora.io.integrity import check_finite
-from lightning_lora.io.kinds import LORA, SAVED, kind_of
+from lightning_lora.io.kinds import SAVED, kind_of, linear_row
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.io.resident import say_narrower
 from lightning_lora.model.apply import adapter_record, adapter_slots, apply_lora, is_adapted
@@ -127,7 +127,7 @@ def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
     for key in shapes:
         if ".adapter.lora_" in key and not state[key].is_floating_point():
             raise AdapterMismatchError(f"{path}: {key!r} is of {state[key].dtype}, adapters are floats")
-    add_slots(model, targets.adapted, targets.saved)
+    add_slots(model, targets.adapted, targets.saved, config.use_dora)
     wanted = {*targets.adapted, *targets.saved}
     parts = {
         module.slot: _part(clean(raw), config, state, entry.get("strength") or {}, module)
@@ -169,7 +169,7 @@ def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str |
 def _shapes(view: nn.Module, config: LoRAConfig, targets: Targets) -> dict[str, tuple[int, ...]]:
     """What a checkpoint of this configuration holds, over the modules of a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for kind, names in ((LORA, targets.adapted), (SAVED, targets.saved)):
+    for kind, names in ((linear_row(config.use_dora), targets.adapted), (SAVED, targets.saved)):
         for raw in names:
             own = kind.shapes(view.get_submodule(raw), config.rank_for(clean(raw)))
             shapes |= {f"{clean(raw)}.{name}": shape for name, shape in own.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
 from lightning_lora.io.folder import CONFIG, RECORD, AdapterFolder, compare_shapes
-from lightning_lora.io.kinds import LORA, SAVED
+from lightning_lora.io.kinds import SAVED, linear_row
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.model.inner import clean_name, outermost
 from lightning_lora.model.targets import Targets, find_targets, is_adaptable
@@ -79,6 +79,7 @@ def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
         layers_pattern=pattern if isinstance(pattern, str) and spec.layers_to_transform else None,
         modules_to_save=saved or None,  # PEFT's entries may match nothing, or without a dot
         use_rslora=bool(folder.config.get("use_rslora")),
+        use_dora=bool(folder.config.get("use_dora")),
     )
 
 
@@ -162,7 +163,7 @@ def _shapes_for(
 ) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a folder must hold for a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for kind, names in ((LORA, adapted), (SAVED, saved)):
+    for kind, names in ((linear_row(bool(folder.config.get("use_dora"))), adapted), (SAVED, saved)):
         for name in names:
             shapes |= kind.file_shapes(name, modules[name], folder.spec.rank(name))
     return shapes

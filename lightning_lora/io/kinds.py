@@ -18,6 +18,7 @@ from lightning_lora.io.folder import PREFIX
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.dora import MAGNITUDE, DoRALinear, magnified
 from lightning_lora.nn.linear import LoRALinear, linear_shape
 from lightning_lora.nn.saved import SavedModule
 
@@ -77,6 +78,10 @@ def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
     return {"adapter.lora_A": module.lora_A, "adapter.lora_B": module.lora_B}[name].detach()
 
 
+def _dora_tensor(module: DoRALinear, name: str) -> Tensor:
+    return module.magnitudes() if name == MAGNITUDE else _lora_tensor(module, name)
+
+
 def _lora_shapes(plain: nn.Module, r: int) -> Shapes:
     inn, out = linear_shape(plain)
     return {"adapter.lora_A": (r, inn), "adapter.lora_B": (out, r)}
@@ -96,12 +101,34 @@ def _lora_fold(
     return delta, update
 
 
+def _dora_shapes(plain: nn.Module, r: int) -> Shapes:
+    return {**_lora_shapes(plain, r), MAGNITUDE: (linear_shape(plain)[1],)}
+
+
+def _dora_fold(
+    tensors: Mapping[str, Tensor], scale: float, weight: Tensor, transposed: bool, wide: torch.dtype
+) -> tuple[Tensor, float]:
+    """``m V / |V|`` with ``V = W + s B A``, which its result takes the place of."""
+    direction, _ = _lora_fold(tensors, scale, weight, transposed, wide)
+    merged = magnified(direction, tensors["lora_magnitude_vector"], transposed)
+    update = sum(float((new - old.to(wide)).double().square().sum()) for new, old in rows(merged, weight))
+    return merged, update**0.5
+
+
 def _saved_tensor(module: SavedModule, name: str) -> Tensor:
     return module.value(name.removeprefix("trained."), module.strength).detach()
 
 
-#: One row for every kind; who adds an adapter kind adds its row.
+#: One row for every kind, the special before the general; who adds an adapter kind adds its row.
 KINDS = (
+    AdapterKind(
+        DoRALinear,
+        lambda name: name.removeprefix("adapter.") + ("" if name == MAGNITUDE else ".weight"),
+        _dora_tensor,
+        _dora_shapes,
+        _dora_fold,
+        ("adapter.lora_A", "adapter.lora_B", MAGNITUDE),
+    ),
     AdapterKind(
         LoRALinear,
         lambda name: name.removeprefix("adapter.") + ".weight",
@@ -117,7 +144,7 @@ KINDS = (
         lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
     ),
 )
-LORA, SAVED = KINDS
+DORA, LORA, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -138,6 +165,11 @@ def entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(key in the file, name in the model, tensor as the model uses it) of everything that adapters train."""
     for key, raw, module, own in places(model):
         yield key, raw, kind_of(module, raw).tensor(module, own)
+
+
+def linear_row(use_dora: bool) -> AdapterKind:
+    """The row of the adapters of linears by a configuration's word."""
+    return DORA if use_dora else LORA
 
 
 def kind_of(module: AdapterModule, raw: str) -> AdapterKind:

@@ -4,8 +4,9 @@
     W' = round( W + s B A )           base="original"
     W' = round( W4 + s B A )          base="dequantized":  W4 = dequantize(pack(W)), as training packed it
 
-Sums are fp32 and rounded once. A run over a packed base trained ``W4 + dW``; what the original base adds to that is
-``q = W - W4``, reported against ``dW``. A tied head or embedding that was trained is written apart and untied.
+A DoRA adapter gives ``round( m V / |V| )``, V that sum. Sums are fp32 and rounded once. A run over a packed base
+trained ``W4 + dW``; what the original base adds to that is ``q = W - W4``, reported against ``dW``. A tied head or
+embedding that was trained is written apart and untied.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.companions import copy_companions
 from lightning_lora.io.folder import CONFIG, PREFIX, RECORD, AdapterFolder, package_version
-from lightning_lora.io.kinds import LORA, rows
+from lightning_lora.io.kinds import rows
 from lightning_lora.io.merge import MergeReport
 from lightning_lora.io.merge_base import check_base_folder
 from lightning_lora.io.merge_plan import MergePlan
@@ -164,7 +165,7 @@ class _Merge:
         self.factors = adapter.tensors()
         self.transposed = set(adapter.record.get("transposed") or ())
         plan = MergePlan(base, adapter, self.factors, config)
-        self.changes, report.untied = plan.changes, plan.untied
+        self.changes, self.kind, report.untied = plan.changes, plan.kind, plan.untied
         keys = dict.fromkeys([*base.entries, *self.changes])
         self.entries = {key: self._entry(key) for key in keys}
 
@@ -202,10 +203,10 @@ class _Merge:
 
     def _folded(self, name: str, start: Tensor, wanted: torch.dtype) -> tuple[Tensor, float]:
         """A weight with the adapter in it, and the norm of what was added."""
-        tensors = {own: self.factors[f"{PREFIX}{name}.{own}"] for own in LORA.file_names}
+        tensors = {own: self.factors[f"{PREFIX}{name}.{own}"] for own in self.kind.file_names}
         wide = torch.promote_types(wanted, torch.float32)
         scale, transposed = self.adapter.scale(name), self._is_transposed(name, start)
-        return LORA.fold(tensors, scale, start, transposed, wide)  # type: ignore[misc]  # it has one
+        return self.kind.fold(tensors, scale, start, transposed, wide)  # type: ignore[misc]  # it has one
 
     def _entry(self, key: str) -> Entry:
         change = self.changes.get(key)

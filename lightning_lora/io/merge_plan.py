@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, MergeError, UnsupportedError
 from lightning_lora.io.folder import PREFIX, AdapterFolder
-from lightning_lora.io.kinds import LORA, AdapterKind
+from lightning_lora.io.kinds import AdapterKind, linear_row
 from lightning_lora.io.names import parents
 from lightning_lora.io.skeleton import file_keys, skeleton
 from lightning_lora.io.tensor_files import TensorFolder
@@ -60,13 +60,14 @@ class MergePlan:
     ) -> None:
         self.base, self.adapter, self.factors, self.config = base, adapter, factors, config
         self.changes: dict[str, Change] = {}  # by key of the merged model
+        self.kind = linear_row(bool(adapter.config.get("use_dora")))  # of what is folded in
         self.untied = False
         self._plan_adapters()
         self._plan_packed()
 
     def _plan_adapters(self) -> None:
         """One change for every tensor of the adapter folder."""
-        loras, saved = _split(self.factors, self.adapter.path, LORA)
+        loras, saved = _split(self.factors, self.adapter.path, self.kind)
         keys = {name: f"{name}.weight" for name in loras} | {key: key.removeprefix(PREFIX) for key in saved}
         found = {name: self._base_key(key) for name, key in keys.items()}
         ends = None

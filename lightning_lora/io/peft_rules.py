@@ -24,7 +24,6 @@ from lightning_lora.errors import CheckpointError, UnsupportedError
 
 #: What PEFT can do, asked for by these keys, that is not built here: refused by name unless it is falsy.
 UNBUILT_KEYS = (
-    "use_dora",
     "use_qalora",
     "lora_bias",
     "target_parameters",

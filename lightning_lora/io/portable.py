@@ -30,6 +30,7 @@ from lightning_lora.io.peft_rules import Spec
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.inner import inner_model
 from lightning_lora.model.targets import is_adaptable, matches
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.linear import LoRALinear, linear_shape
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule
@@ -157,6 +158,12 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
         raise UnsupportedError(
             f"{saved} were trained in full (`modules_to_save`), which servers do not load: merge the model "
             '(`merge_adapters`, `merge_to_disk`), or write layout="peft" for PEFT alone'
+        )
+    dora = next((name for name, module in adapters.items() if isinstance(module, DoRALinear)), None)
+    if dora is not None:
+        raise UnsupportedError(
+            f"{dora!r} is DoRA, whose magnitudes are no low-rank update: merge the model (`merge_adapters`, "
+            '`merge_to_disk`), or write layout="peft" for PEFT alone'
         )
     linears = {name: module for name, module in adapters.items() if isinstance(module, LoRALinear)}
     if len(linears) < len(adapters):

@@ -50,7 +50,7 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
         targets = find_targets(view, dataclasses.replace(config, quantize="none"))
     prefix, _ = folder.root(view)
     files = folder.checked_tensors(record.verified)
-    add_slots(model, targets.adapted, targets.saved)
+    add_slots(model, targets.adapted, targets.saved, config.use_dora)
     wanted = {*targets.adapted, *targets.saved}
     parts = {
         module.slot: _part(folder, files, clean(inside(raw, prefix)), module)

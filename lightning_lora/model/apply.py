@@ -29,6 +29,7 @@ from lightning_lora.model.inner import clean_name, inner_model, names_of
 from lightning_lora.model.targets import find_targets
 from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
 from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.linear import LoRALinear, is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
@@ -109,7 +110,7 @@ def apply_lora(
                 weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
                 layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
             if name in adapted:
-                layer = LoRALinear(
+                layer = linear_kind(config)(
                     layer, record, config.rank_for(*names_of(name, prefix)), config.alpha_for(*names_of(name, prefix))
                 )
             _replace(model, paths[name], layer.train(original.training))
@@ -126,6 +127,11 @@ def apply_lora(
         fingerprint=record.fingerprint,
         quantize=config.quantize,
     )
+
+
+def linear_kind(config: LoRAConfig) -> type[LoRALinear]:
+    """What a configuration puts in the place of a linear layer."""
+    return DoRALinear if config.use_dora else LoRALinear
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.residents import check_name, keep_adapter, known, parts_of, record_of
 from lightning_lora.nn.adapter import Held
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.saved import SavedModule
 
 Combination = Literal["svd", "linear", "cat", "ties", "dare_linear", "dare_ties"]
@@ -67,7 +68,7 @@ def add_weighted_adapter(
     Raises:
         ConfigError: A name is unknown, an argument is out of its range or not one of ``combination_type``, or ranks
             differ where factors are added up.
-        UnsupportedError: An adapter holds modules that are trained in full.
+        UnsupportedError: An adapter holds modules that are trained in full, or is DoRA.
     """
     record = record_of(model)
     check_name(record, name)
@@ -83,6 +84,11 @@ def add_weighted_adapter(
         present = [(w, parts[module.slot]) for w, (_, parts) in zip(weights, held, strict=True) if module.slot in parts]
         if present and isinstance(module, SavedModule):
             raise UnsupportedError(f"{layer!r} is trained in full: only low-rank adapters are combined; merge instead")
+        if present and isinstance(module, DoRALinear):
+            raise UnsupportedError(
+                f"{layer!r} is DoRA, whose update is not low-rank and has no factors to combine: merge the adapters "
+                "into models and average those"
+            )
         terms = [_term(weight, part) for weight, part in present]
         if terms and combination_type == "cat":
             combined[layer] = _cat(terms)

@@ -22,6 +22,7 @@ from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.residents import BASE, known, parts_of, record_of
 from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.functional import add_lora
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -84,6 +85,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     Raises:
         ConfigError: A name is unknown, there is none, or the model is in training; inside, a layer whose first
             dimension has another size than the batch. One of the same size that is not the batch is not noticed.
+        UnsupportedError: The adapters are DoRA.
     """
     record = record_of(model)
     if isinstance(adapter_names, str) or not adapter_names:
@@ -116,6 +118,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 
 def _routed(label: str, module: AdapterModule, parts: dict[str, Held], routing: Routing) -> Callable[..., Any]:
+    if isinstance(module, DoRALinear):
+        raise UnsupportedError(f"{label!r} is DoRA, which is not built for `mixed_batch`: run one adapter at a time")
     if isinstance(module, LoRALinear):
         return _routed_linear(module, parts, routing)
     if isinstance(module, SavedModule):

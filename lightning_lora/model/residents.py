@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, LoRAConfig, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_slots, adapter_slots_unnamed, first_slot, put_layers
+from lightning_lora.model.apply import (
+    adapter_modules,
+    adapter_slots,
+    adapter_slots_unnamed,
+    first_slot,
+    linear_kind,
+    put_layers,
+)
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -155,19 +162,27 @@ def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping
     record.config = config
 
 
-def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]) -> None:
+def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str], use_dora: bool = False) -> None:
     """Put vacant adapter modules where an adapter that is to come has a part and none stands yet.
 
     Args:
         model: A converted model.
         adapted: Names of its linears, packed ones too, as they are before conversion.
         saved: Names of modules that are trained in full.
+        use_dora: Whether the adapter that is to come is DoRA.
 
     Raises:
-        UnsupportedError: A module is trained in full by one adapter and adapted inside by another, or has running
+        UnsupportedError: The adapter is DoRA and the model's are not, or the other way round. Or a module is trained
+            in full by one adapter and adapted inside by another, or has running
             statistics that conversion froze.
     """
     record = record_of(model)
+    if use_dora != record.config.use_dora:
+        new, own = ("DoRA", "plain LoRA") if use_dora else ("plain LoRA", "DoRA")
+        raise UnsupportedError(
+            f"the adapter is {new} and the model's adapters are {own}: the two cannot share a model. Load it into a "
+            "model of its own"
+        )
     slots = dict(adapter_slots(model))
     kinds = [(name, LoRALinear) for name in adapted] + [(name, SavedModule) for name in saved]
     for name, kind in kinds:
@@ -187,7 +202,8 @@ def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]
             "the model with it in `modules_to_save`, or load this adapter first"
         )
     learns = any(p.requires_grad for _, module in adapter_modules(model) for p in module.parameters())
-    missing = {name: LoRALinear(model.get_submodule(name), record, 0, 0.0) for name in adapted if name not in slots}
+    layer = linear_kind(record.config)
+    missing = {name: layer(model.get_submodule(name), record, 0, 0.0) for name in adapted if name not in slots}
     full = {name: SavedModule(model.get_submodule(name), record) for name in fresh}
     for module in full.values():
         module.hold(None)

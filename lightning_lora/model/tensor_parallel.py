@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 
@@ -35,8 +36,8 @@ def parallelize_adapted(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, P
             had before conversion.
 
     Raises:
-        UnsupportedError: The plan cuts an adapted layer whose base is packed, that drops activations, or by a style
-            other than torch's `ColwiseParallel` and `RowwiseParallel`.
+        UnsupportedError: The plan cuts an adapted layer whose base is packed, that drops activations or is DoRA, or
+            by a style other than torch's `ColwiseParallel` and `RowwiseParallel`.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -66,6 +67,10 @@ def _cut(layer: LoRALinear, mesh: DeviceMesh, style: Any, column: bool) -> nn.Mo
         raise UnsupportedError(
             'a packed base cannot be cut by tensor parallelism: its codes are in blocks. Use `quantize="none"`, or '
             "spread it by FSDP 2 (`fsdp_plan`)"
+        )
+    if isinstance(layer, DoRALinear):
+        raise UnsupportedError(
+            "DoRA (`use_dora`) is not built for tensor parallelism: spread the model by FSDP 2 (`fsdp_plan`)"
         )
     if layer.lora_dropout > 0.0:
         raise UnsupportedError("`lora_dropout` is not built for tensor parallelism: set it to 0")

@@ -77,7 +77,8 @@ class DeepSpeedStateMixin(ShardedStateMixin):
         module = self._converted_module()
         record = adapter_record(module)
         packed = record is not None and record.config.quantize != "none"
-        refuse_options(self.config, self.load_full_weights, self.remote_device, packed)
+        dora = record is not None and record.config.use_dora
+        refuse_options(self.config, self.load_full_weights, self.remote_device, packed, dora)
         self.exclude_frozen_parameters = True
         if self.world_size > 1 and record is not None and not is_sharded_model(module):
             compare_ranks([(record.fingerprint or {}).get("digest"), digest(frozen_base(module).values())])

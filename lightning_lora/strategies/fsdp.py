@@ -24,6 +24,7 @@ from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import check_plan, plan_blocks, without_units
+from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.ranks import gather
@@ -46,8 +47,8 @@ class FSDPStateMixin(ShardedStateMixin):
         """Say what will be wrapped; Lightning wraps it in ``setup``.
 
         Raises:
-            UnsupportedError: ``use_orig_params=False``, ``modules_to_save``, or packed weights that mixed precision
-                would cast.
+            UnsupportedError: ``use_orig_params=False``, ``modules_to_save``, DoRA, or packed weights that mixed
+                precision would cast.
             BaseMismatchError: The processes built different bases.
         """
         if any(_is_wrapped(m) for m in module.modules()):
@@ -61,6 +62,10 @@ class FSDPStateMixin(ShardedStateMixin):
         if any(not isinstance(m, LoRALinear) for m in adapters):
             raise UnsupportedError(
                 '`modules_to_save` is not built for FSDP 1: use the strategy "lora_model_parallel" (FSDP 2)'
+            )
+        if any(isinstance(m, DoRALinear) for m in adapters):
+            raise UnsupportedError(
+                'DoRA (`use_dora`) is not built for FSDP 1: use the strategy "lora_model_parallel" (FSDP 2)'
             )
         units: set[nn.Module] = {m.adapter for m in adapters if isinstance(m, LoRALinear)}
         policy = self.kwargs.get("auto_wrap_policy")

@@ -8,7 +8,9 @@ from typing import Any
 from lightning_lora.errors import UnsupportedError
 
 
-def refuse_options(config: dict[str, Any], full_weights: bool, remote_device: str | None, packed: bool = False) -> None:
+def refuse_options(
+    config: dict[str, Any], full_weights: bool, remote_device: str | None, packed: bool = False, dora: bool = False
+) -> None:
     """See that DeepSpeed's options go with adapters.
 
     Args:
@@ -16,10 +18,15 @@ def refuse_options(config: dict[str, Any], full_weights: bool, remote_device: st
         full_weights: Lightning's ``load_full_weights``.
         remote_device: Lightning's ``remote_device``.
         packed: Whether the base is quantized.
+        dora: Whether the adapters are DoRA.
 
     Raises:
         UnsupportedError: One does not; the text says what to do.
     """
+    if dora:
+        raise UnsupportedError(
+            'DoRA (`use_dora`) is not built for DeepSpeed: use the strategy "lora_ddp", or "lora_model_parallel" (FSDP 2)'
+        )
     zero, files = config.get("zero_optimization") or {}, config.get("checkpoint") or {}
     if zero.get("stage", 0) not in (1, 2, 3):
         raise UnsupportedError(

@@ -25,7 +25,6 @@ from lightning_lora.errors import (
     Notice,
     OptimizerError,
     TargetError,
-    UnsupportedError,
 )
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
@@ -393,7 +392,6 @@ class TestArguments:
             ({"r": 0}, ConfigError, "`r` must be an integer of at least 1, got 0"),
             ({"r": -3}, ConfigError, "`r` must be an integer of at least 1, got -3"),
             ({"quantize": "nf5"}, ConfigError, "`quantize` must be one of"),
-            ({"use_dora": True}, UnsupportedError, "DoRA is not built"),
         ],
     )
     def test_refused_at_once(self, values: dict[str, Any], error: type[Exception], text: str) -> None:

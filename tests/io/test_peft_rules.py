@@ -133,7 +133,6 @@ def test_an_adapted_module_below_a_saved_name_takes_the_full_path_of_the_saved_o
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "`peft_type` is 'IA3'"),
-        ({"use_dora": True}, "`use_dora` is True"),
         ({"bias": "all"}, "`bias` is 'all'"),
         ({"lora_bias": True}, "`lora_bias`"),
         ({"target_parameters": ["experts"]}, "`target_parameters`"),

@@ -62,6 +62,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 all-linear": ("gpt2", {}),
     "gpt2 one of two c_proj": ("gpt2", {"target_modules": ["attn.c_proj", "c_attn"]}),
     "gpt2 tied head kept": ("gpt2", {"modules_to_save": ["lm_head"]}),
+    "llama dora": ("llama", {"use_dora": True, "rank_pattern": {"q_proj": 2}, "modules_to_save": ["lm_head"]}),
+    "gpt2 dora": ("gpt2", {"use_dora": True, "use_rslora": True}),
     "classifier": ("classifier", {"modules_to_save": ["score"]}),
     "plain": ("plain", {"target_modules": ["first", "second"]}),
     "plain, head kept": ("plain", {"target_modules": ["first"], "modules_to_save": ["head"]}),

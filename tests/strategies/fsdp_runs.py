@@ -82,6 +82,7 @@ def main() -> None:
     found["older"] = from_older(folder, strategy(False))
     found["original"] = caught(lambda: fit(folder / "no", strategy(False, use_orig_params=False), {}))
     found["saved"] = caught(lambda: fit(folder / "no", strategy(False), {"modules_to_save": ["lm_head"]}))
+    found["dora"] = caught(lambda: fit(folder / "no", strategy(False), {"use_dora": True}))
     mixed = {"mixed_precision": torch.distributed.fsdp.MixedPrecision(param_dtype=torch.bfloat16)}
     found["mixed"] = caught(lambda: fit(folder / "no", strategy(False, **mixed), {"quantize": "nf4"}))
     torch.save(found, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")

@@ -303,6 +303,15 @@ def main() -> None:
     found["merge"] = None if merge.report is None else merge.report.to_dict()
     config = {"modules_to_save": ["head"]}
     _, found["saved"] = fit(folder / "saved", strategy(), config, module=LM(TinyNet()))
+    dora, path = {"use_dora": True}, folder / "dora"
+    _, found["dora"] = fit(path, strategy(save_distributed_checkpoint=True), dora)
+    _, found["dora-resumed"] = fit(
+        path / "on", strategy(save_distributed_checkpoint=True), dora, path / f"step={CUT}.ckpt"
+    )
+    merge = MergeOnFitEnd(folder / "dora-merged")
+    _, found["dora-file"] = fit(folder / "dora-file", strategy(), dora, callbacks=[merge])
+    found["dora-merge"] = None if merge.report is None else merge.report.to_dict()
+    _, found["dora-ddp"] = fit(folder / "dora-ddp", DDPStrategy(process_group_backend="gloo"), dora)
     _, found["named"] = fit(folder / "named", strategy(fsdp_plan=[r"layers\.\d+", "mlp"]), {})
     for quantize in ("none", "nf4"):
         config = {"quantize": quantize, "lora_dropout": 0.1}
@@ -324,7 +333,7 @@ def main() -> None:
         _, resumed = fit(name / "resumed", strategy(**how), {}, path, module=Cut(), share=0)
         found[f"tensor-{shards}"] = {"uncut": uncut, "resumed": resumed}
     _, found["tensor-ddp"] = fit(folder / "tensor-ddp", DDPStrategy(process_group_backend="gloo"), {}, share=0)
-    for config in ({"quantize": "nf4"}, {"lora_dropout": 0.1}):
+    for config in ({"quantize": "nf4"}, {"lora_dropout": 0.1}, {"use_dora": True}):
         module = Cut(**config)
         text = caught(lambda m=module, c=config: fit(folder / "no", strategy(**cut), c, module=m, share=0))
         found.setdefault("tensor-refused", []).append(text)

@@ -202,6 +202,8 @@ def test_options_that_go_with_adapters() -> None:
     offload = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
     refuse_options(ZERO, full_weights=False, remote_device=None, packed=True)
     refuse_options(offload, full_weights=False, remote_device=None, packed=False)
+    with pytest.raises(UnsupportedError, match=r"DoRA \(`use_dora`\) is not built for DeepSpeed"):
+        refuse_options(ZERO, full_weights=False, remote_device=None, dora=True)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_adapter_folders_and_merged_models_are_written(folder: Path, found: list
 def test_what_is_refused(found: list[dict[str, Any]]) -> None:
     assert "`use_orig_params=False` hides the adapters from optimizers: leave it out" in found[0]["original"]
     assert '`modules_to_save` is not built for FSDP 1: use the strategy "lora_model_parallel"' in found[0]["saved"]
+    assert 'DoRA (`use_dora`) is not built for FSDP 1: use the strategy "lora_model_parallel"' in found[0]["dora"]
     assert "a packed base under FSDP 1 must be of one dtype that is not cast" in found[0]["mixed"]
     with pytest.raises(ConfigError, match='`fsdp_plan` must be "auto" or a list of module names'):
         AdapterFSDPStrategy(fsdp_plan="blocks")  # type: ignore[arg-type]

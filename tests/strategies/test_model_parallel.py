@@ -159,9 +159,19 @@ def test_both_at_once_over_four_processes(tmp_path: Path) -> None:
 
 
 def test_what_tensor_parallelism_refuses(found: list[dict[str, Any]]) -> None:
-    packed, dropout = found[0]["tensor-refused"]
+    packed, dropout, dora = found[0]["tensor-refused"]
     assert "a packed base cannot be cut by tensor parallelism" in packed
     assert "`lora_dropout` is not built for tensor parallelism: set it to 0" in dropout
+    assert "DoRA (`use_dora`) is not built for tensor parallelism" in dora
+
+
+def test_dora_resumes_merges_and_trains_what_ddp_trains(found: list[dict[str, Any]]) -> None:
+    assert same(found[0]["dora"], found[0]["dora-resumed"])
+    assert same(found[0]["dora"], found[1]["dora"])
+    assert any(name.endswith("lora_magnitude_vector") for name in found[0]["dora"])
+    assert distance(found[0]["dora"], found[0]["dora-ddp"]) < 1e-4
+    assert distance(found[0]["dora"], found[0]["dora-file"]) < 1e-4
+    assert found[0]["dora-merge"]["logit_error"] < 1e-5
 
 
 def test_adapter_folders_and_merged_models_are_written(folder: Path, found: list[dict[str, Any]]) -> None:
