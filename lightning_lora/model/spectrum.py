@@ -5,7 +5,7 @@ With :math:`B = Q_B R_B` and :math:`A^T = Q_A R_A` (thin QR), the update has the
 
 .. math:: \Delta W = s\, B A = Q_B\, (s\, R_B R_A^T)\, Q_A^T, \qquad \sigma(\Delta W) = \sigma(s\, R_B R_A^T)
 
-so that nothing of the size of W is ever made. From them:
+so that nothing of the size of W is ever made (of DoRA, s B A is the move of the direction alone). From them:
 
 .. math::
     \text{stable rank} = \frac{\sum_i \sigma_i^2}{\sigma_1^2}, \qquad

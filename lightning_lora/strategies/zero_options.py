@@ -25,7 +25,7 @@ def refuse_options(
     """
     if dora:
         raise UnsupportedError(
-            'DoRA (`use_dora`) is not built for DeepSpeed: use the strategy "lora_ddp", or "lora_model_parallel" (FSDP 2)'
+            'DoRA (`use_dora`) is not built for DeepSpeed: use "lora_ddp" or, for FSDP 2, "lora_model_parallel"'
         )
     zero, files = config.get("zero_optimization") or {}, config.get("checkpoint") or {}
     if zero.get("stage", 0) not in (1, 2, 3):
