@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.errors import UnsupportedError
@@ -131,7 +132,7 @@ def test_compiled_without_a_break_and_for_a_new_strength_without_compiling_anew(
     layer = make(inn, out)
     x = torch.randn(4, inn)
     torch.compiler.reset()
-    count = torch._dynamo.testing.CompileCounter()
+    count = CompileCounter()
     compiled = torch.compile(layer, backend=count, fullgraph=True)
     for strength in (1.0, 0.5):
         layer.strength = strength
