@@ -142,7 +142,7 @@ def _saved(config: Any, lora: LoRAConfig | None, shape: tuple[int, int], dtype: 
 def _without_values(config: Any) -> Any:
     """Where tensors are made that have no values: as on a CPU, for the code of transformers."""
     if isinstance(config, DecoderConfig):
-        return torch.device("meta")  # its attention says what it keeps; importing the fake mode takes seconds
+        return torch.device("meta")  # its attention says what it keeps
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()

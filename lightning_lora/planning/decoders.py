@@ -134,7 +134,7 @@ def _as_here(key: str, value: Any, layers: int, values: Mapping[str, Any]) -> bo
 
 
 class _Linear(nn.Linear):
-    """Without random values: on the meta device drawing them costs the import of torch's compiler."""
+    """Without random values: on the meta device there are none to draw."""
 
     def reset_parameters(self) -> None:
         pass

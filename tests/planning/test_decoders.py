@@ -117,7 +117,7 @@ import sys
 sys.argv[0] = "lightning-lora"
 from lightning_lora.cli.main import main
 code = main(sys.argv[1:])
-print([m for m in ("transformers", "lightning", "torch._dynamo", "sympy") if m in sys.modules])
+print([m for m in ("transformers", "lightning") if m in sys.modules])
 sys.exit(code)
 """
     done = subprocess.run(
