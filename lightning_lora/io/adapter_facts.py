@@ -70,7 +70,7 @@ def adapter_facts(path: str | os.PathLike[str], base: str | os.PathLike[str] | N
         folder.record.get("fingerprint"),
         None,
         _spectra({name: pairs[name] for name in sorted(pairs, key=_order)}, scales, base),
-        list(dict.fromkeys(key.rpartition(".")[0] for key in rest)),
+        list(dict.fromkeys(key.rpartition(".")[0] for key in rest if ".lora_" not in key)),  # DoRA has a third factor
         sum(tensor.numel() for tensor in tensors.values()),
     )
 

@@ -120,10 +120,10 @@ def test_a_method_that_is_not_built_is_still_judged_for_loaders(
 ) -> None:
     adapter = Path(write_adapter(tmp_path / "a"))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     assert main(["inspect", str(adapter), "--target=vllm"]) == 1
     shown = capsys.readouterr().out
-    assert "use_dora" in shown
+    assert "`init_lora_weights` is 'pissa'" in shown
     assert "vllm: no" in shown
 
 
