@@ -82,7 +82,16 @@ def _head(dir: str, facts: Any) -> str:
     lines = [
         f"{dir}: {'checkpoint' if facts.checkpoint else 'adapter folder'}{where}, "
         f"{len(facts.modules)} low-rank modules, {facts.parameters:,} parameters",
-        ", ".join(filter(None, [rank, *(f"{key} {config[key]}" for key in known if config.get(key) is not None)])),
+        ", ".join(
+            filter(
+                None,
+                [
+                    "DoRA" * bool(config.get("use_dora")),
+                    rank,
+                    *(f"{key} {config[key]}" for key in known if config.get(key) is not None),
+                ],
+            )
+        ),
     ]
     if facts.saved:
         lines.append(f"trained in full: {', '.join(facts.saved)}")

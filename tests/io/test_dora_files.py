@@ -29,6 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.errors import AdapterMismatchError, UnsupportedError
+from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra
@@ -136,6 +137,8 @@ def test_what_loaders_say_of_it(tmp_path: Path) -> None:
     }
     with pytest.raises(UnsupportedError, match="is DoRA, whose magnitudes are no low-rank update"):
         save_adapter(model, tmp_path / "p", layout="portable")
+    facts = adapter_facts(tmp_path / "a")
+    assert (len(facts.modules), facts.saved, facts.config["use_dora"]) == (14, [], True)
     saved = save_adapter(model, tmp_path / "b", dtype="bf16")
     assert 1e-4 < saved.delta_error < 1e-2
 
