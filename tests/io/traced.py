@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     kind: str
     path: str
     other: str
+    thread: int  # that made the call: a writer of its own comes between the run's calls
 
 
 def digest_of(path: str | Path) -> str:
@@ -56,7 +58,7 @@ def _note_calls(log: Path, die_after: int | None) -> None:
 
     def note(*call: str) -> None:
         nonlocal count
-        os.write(out, (json.dumps(call) + "\n").encode())
+        os.write(out, (json.dumps([*call, threading.get_ident()]) + "\n").encode())
         count += 1
         if die_after is not None and count >= die_after:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -96,10 +98,10 @@ def check_order(calls: list[Call], folder: Path) -> list[str]:
     """See that each name in `folder` appeared in the right order; the names, as they appeared.
 
     Before a name is given: every file is synced with what it holds in the end, then the folder it lies in. After it:
-    the folder that holds the name is synced before anything else is renamed or removed.
+    the folder that holds the name is synced before the same thread renames or removes anything else.
     """
     appeared = []
-    for place, (kind, path, other) in enumerate(calls):
+    for place, (kind, path, other, thread) in enumerate(calls):
         if kind != "rename" or Path(other).parent != folder or Path(other).name.startswith("."):
             continue
         synced = {c.path: c.other for c in calls[:place] if c.kind == "fsync"}
@@ -113,7 +115,7 @@ def check_order(calls: list[Call], folder: Path) -> list[str]:
             newest = not any(c.kind == "rename" and c.other == other for c in calls[place + 1 :])
             if newest and now.is_file():
                 assert synced[p] == digest_of(now), f"{now} was written to after its sync"
-        following = calls[place + 1 :]
+        following = [c for c in calls[place + 1 :] if c.thread == thread]
         until = next((i for i, c in enumerate(following) if c.kind != "fsync"), len(following))
         assert any(c.path == str(folder) for c in following[:until]), f"{folder} was not synced after {other} appeared"
         appeared.append(Path(other).name)
@@ -123,7 +125,7 @@ def check_order(calls: list[Call], folder: Path) -> list[str]:
 def removed(calls: list[Call], folder: Path) -> list[tuple[int, str]]:
     """Place in `calls` and name of everything in `folder` that lost its name for good."""
     found = []
-    for place, (kind, path, other) in enumerate(calls):
+    for place, (kind, path, other, _) in enumerate(calls):
         gone = kind == "remove" or (kind == "rename" and ".new-" in Path(other).name)
         if gone and Path(path).parent == folder and not Path(path).name.startswith("."):
             found.append((place, Path(path).name))
