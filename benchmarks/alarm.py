@@ -5,10 +5,11 @@
 
 A made-up item has a margin: by how much the base prefers the right choice to the best wrong one. The model's margin
 is correlated with it, so that one answer in ten changes; it may be worse on average (a drop), or larger or smaller as a
-whole (confidence, which changes no answer). A run has 20 looks, each at fresh items. Three statistics go through the
-same bet:
+whole (confidence, which changes no answer), or larger here and smaller there. A run has 20 looks, each at fresh items.
+Three statistics go through the same bet:
 
-- soft accuracy, `statistics.soft_accuracy`, each model by the spread of its own margins: what the monitor uses;
+- soft accuracy, `statistics.soft_accuracy`, each model by the spread of its own margins: what the monitor uses, which
+  raises its alarm only where more answers were lost than gained too;
 - accuracy, 1 or 0;
 - the raw margin, in units of the base's spread, cut at four of them: what a log-probability would say.
 """
@@ -18,15 +19,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_lora.forgetting.power import paired_sd, required_items, unpaired_sd
-from lightning_lora.forgetting.sequential import EProcess, mean_e_value
+from lightning_lora.forgetting.sequential import EProcess, mean_e_value, raises_alarm
 from lightning_lora.forgetting.statistics import paired_difference, soft_accuracy
 
 LOOKS, ITEMS, ACCURACY, FLIPS = 20, 250, 0.60, 0.10
@@ -47,6 +48,11 @@ class Scenario:
             wrong ones', skewed and not normal.
         passage: items that are about one passage.
         lean: how much their margins have in common, as a correlation.
+        accuracy: of the base [share of items].
+        flips: share of answers that change by chance.
+        uneven: standard deviation of the logarithm of a factor that each of the model's margins has to itself: an item
+            becomes more certain, another less so, and no answer changes by it.
+        wrong: factor of the model's margins below 0 alone: more certain of what it has wrong.
     """
 
     name: str
@@ -56,6 +62,10 @@ class Scenario:
     choices: int = 2
     passage: int = 1
     lean: float = 0.0
+    accuracy: float = ACCURACY
+    flips: float = FLIPS
+    uneven: float = 0.0
+    wrong: float = 1.0
 
 
 NULLS = (
@@ -63,6 +73,18 @@ NULLS = (
     Scenario("no drop, +25 % confidence", confidence=1.25),
     Scenario("no drop, -20 % confidence", confidence=0.8),
     Scenario("no drop, four choices, -20 % confidence", confidence=0.8, choices=4),
+)
+#: Confidence that moves otherwise from item to item: what soft accuracy is not blind to.
+UNEVEN = tuple(
+    replace(
+        scenario, name=f"{scenario.name}, {'no answer' if flips == 0 else 'one answer in ten'} changed", flips=flips
+    )
+    for scenario in (
+        Scenario("a factor for each item, base 60 %", uneven=0.5),
+        Scenario("a factor for each item, base 80 %", uneven=0.5, accuracy=0.8),
+        Scenario("wrong answers' margins x 1.2", wrong=1.2),
+    )
+    for flips in (0.0, FLIPS)
 )
 DROPS = (
     Scenario("two points lost", drop=0.02),
@@ -106,9 +128,9 @@ class Margins:
         self.scenario = scenario
         rng = np.random.default_rng(0)
         self._noise = rng.standard_normal((2, 200_000, scenario.choices))
-        self.start = self._head_start(ACCURACY)
-        self.dropped = self._head_start(ACCURACY - scenario.drop)
-        self.correlation = _bisect(lambda r: -self._flips(r), -FLIPS, 0.0, 1.0)
+        self.start = self._head_start(scenario.accuracy)
+        self.dropped = self._head_start(scenario.accuracy - scenario.drop)
+        self.correlation = _bisect(lambda r: -self._flips(r), -scenario.flips, 0.0, 1.0)
         del self._noise
 
     def look(self, rng: np.random.Generator, dropped: bool, items: int) -> tuple[list[float], list[float]]:
@@ -120,7 +142,10 @@ class Margins:
             noise = math.sqrt(lean) * shared + math.sqrt(1.0 - lean) * noise
         base = self._margins(noise[0], self.start)
         model = self._margins(self._moved(noise, self.correlation), self.dropped if dropped else self.start)
-        return base.tolist(), (self.scenario.confidence * model).tolist()
+        model = self.scenario.confidence * np.where(model < 0, self.scenario.wrong * model, model)
+        if self.scenario.uneven:
+            model = model * np.exp(self.scenario.uneven * rng.standard_normal(items))
+        return base.tolist(), model.tolist()
 
     def _moved(self, noise: np.ndarray, correlation: float) -> np.ndarray:
         return correlation * noise[0] + math.sqrt(1.0 - correlation**2) * noise[1]
@@ -159,6 +184,7 @@ class Rule:
         tasks: that share them; the alarm is on the mean of their e-values.
         hit: how many of the tasks the drop is in; None for all.
         by_passage: whether the stake is on whole passages, as it is where a task declares them.
+        by_answers: whether an alarm needs more answers lost than gained too, as the monitor's does.
     """
 
     tolerance: float = 0.0
@@ -167,6 +193,19 @@ class Rule:
     tasks: int = 1
     hit: int | None = None
     by_passage: bool = False
+    by_answers: bool = True
+
+
+class Look(NamedTuple):
+    """What is known after a look.
+
+    Args:
+        e_value: the mean of the tasks' capitals.
+        alarm: whether that is one.
+    """
+
+    e_value: float
+    alarm: bool
 
 
 #: Ten items about each passage, which mostly are lost and gained together.
@@ -194,8 +233,8 @@ def paths(
     runs: int = 1000,
     seed: int = 1,
     whole: bool = False,
-) -> Iterator[list[float]]:
-    """The e-values of one run after another, look by look, up to the alarm or to the last of `LOOKS`.
+) -> Iterator[list[Look]]:
+    """The looks of one run after another, look by look, up to the alarm or to the last of `LOOKS`.
 
     Args:
         scenario: what training did.
@@ -213,13 +252,17 @@ def paths(
     for run in range(runs):
         rng = np.random.default_rng((seed, run))
         bets, path = [EProcess(rule.tolerance, largest_group=largest) for _ in range(rule.tasks)], []
+        changed: list[float] = []
         for k in range(LOOKS):
             for task, bet in enumerate(bets):
                 dropped = k >= scenario.start and task < hit
                 base, model = margins.look(rng, dropped, size)
+                changed += filter(None, accuracy_difference(base, model))
                 bet.update(difference(base, model), LOOKS - k if rule.planned else None, groups)
-            path.append(mean_e_value([bet.e_value for bet in bets]))
-            if path[-1] >= LEVEL and not whole:
+            e_value = mean_e_value([bet.e_value for bet in bets])
+            flips = (changed.count(1.0), changed.count(-1.0)) if rule.by_answers else (1, 0)
+            path.append(Look(e_value, raises_alarm(e_value, ALPHA, *flips)))
+            if path[-1].alarm and not whole:
                 break
         yield path
 
@@ -231,7 +274,7 @@ def alarm_looks(
     runs: int = 1000,
 ) -> list[int | None]:
     """The look of each run's alarm, from 1; None without one."""
-    return [len(path) if path[-1] >= LEVEL else None for path in paths(scenario, difference, rule, runs)]
+    return [len(path) if path[-1].alarm else None for path in paths(scenario, difference, rule, runs)]
 
 
 def share(alarms: Sequence[int | None], within: int = LOOKS) -> float:
@@ -240,16 +283,30 @@ def share(alarms: Sequence[int | None], within: int = LOOKS) -> float:
 
 
 def table(runs: int) -> None:
-    """The three statistics, at tolerance 0."""
+    """The three statistics, at tolerance 0: the monitor's rule, and the bet alone on the other two."""
+    rule = {name: Rule(by_answers=name == "soft accuracy") for name in STATISTICS}
     print(f"| {LOOKS} looks of {ITEMS} items, {runs} runs | " + " | ".join(STATISTICS) + " |")
     print("|---|" + "---|" * len(STATISTICS))
     for scenario in NULLS:
-        cells = [f"{share(alarm_looks(scenario, found, runs=runs)):.3f}" for found in STATISTICS.values()]
+        cells = [f"{share(alarm_looks(scenario, by, rule[name], runs)):.3f}" for name, by in STATISTICS.items()]
         print(f"| {scenario.name}: false alarms | " + " | ".join(cells) + " |", flush=True)
     for scenario in DROPS:
-        found = [alarm_looks(scenario, difference, runs=runs) for difference in STATISTICS.values()]
+        found = [alarm_looks(scenario, by, rule[name], runs) for name, by in STATISTICS.items()]
         cells = [f"{share(alarms, FIND_LOOKS):.3f} ({median(alarms)})" for alarms in found]
         print(f"| {scenario.name}: found in {FIND_LOOKS} looks (median look) | " + " | ".join(cells) + " |", flush=True)
+
+
+def uneven(runs: int) -> None:
+    """Confidence that moves otherwise from item to item: the bet alone, and with the answers that it must show."""
+    columns = {
+        f"{'more lost than gained' if by else 'capital alone'}, tolerance {tolerance:g}": Rule(tolerance, by_answers=by)
+        for tolerance in (0.0, 0.005)
+        for by in (False, True)
+    }
+    print(f"| false alarms, {runs} runs | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    for scenario in UNEVEN:
+        cells = [f"{share(alarm_looks(scenario, rule=rule, runs=runs)):.3f}" for rule in columns.values()]
+        print(f"| {scenario.name} | {' | '.join(cells)} |", flush=True)
 
 
 def rules(runs: int) -> None:
@@ -349,8 +406,9 @@ def draw_bets() -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     for ax, (title, (scenario, difference)) in zip(axes, shown.items(), strict=True):
         for path in paths(scenario, difference, runs=30, whole=True):
-            alarm = next((k for k, e in enumerate(path, start=1) if e >= LEVEL), None)
-            ax.plot(range(LOOKS + 1), [1.0, *path], color="C0" if alarm is None else "C3", linewidth=0.8, alpha=0.7)
+            capital = [1.0, *(look.e_value for look in path)]
+            alarm = next((k for k, e in enumerate(capital) if e >= LEVEL), None)
+            ax.plot(range(LOOKS + 1), capital, color="C0" if alarm is None else "C3", linewidth=0.8, alpha=0.7)
         ax.axhline(LEVEL, color="black", linestyle="--", linewidth=0.8)
         ax.set(yscale="log", ylim=(0.02, 1e5), xlim=(0, LOOKS), xlabel=f"look, {ITEMS} fresh items each")
         ax.set_title(title, fontsize=9)
@@ -395,6 +453,8 @@ if __name__ == "__main__":
     else:
         count = 3 if arguments.tiny else arguments.runs
         table(count)
+        print()
+        uneven(max(1, count // 4))
         print()
         rules(max(1, count // 4))
         print()

@@ -83,7 +83,7 @@ class ForgettingMonitor(Callback):
     | ``forgetting/<task>/soft_delta`` | share of items | paired difference of soft accuracy |
     | ``forgetting/<task>/n_items`` | items | how many were compared |
     | ``forgetting/<task>/p_value``, ``p_holm`` | | at the end: is as much lost as gained; corrected by Holm |
-    | ``forgetting/e_value`` | | evidence of a drop above the tolerance so far; an alarm from 1/alpha on |
+    | ``forgetting/e_value`` | | evidence of a drop above the tolerance so far; an alarm from 1/alpha on (see `alpha`) |
     | ``learning/<task>/...`` | | the same numbers for `target_tasks` |
     | ``forgetting/seconds`` | s | how long the look took |
 
@@ -120,8 +120,10 @@ class ForgettingMonitor(Callback):
         num_fewshot: Examples in each prompt; None for what each task says.
         include_path: Folder or folders of task YAML files, searched before lm-eval's own.
         tolerance: A drop of accuracy that is nobody's concern, 0.005 for half a point.
-        alpha: Probability of an alarm at any look of the run when no drop exceeds the tolerance, and apart from it
-            of one at the verdict.
+        alpha: Probability of an alarm at any look of the run when no drop of soft accuracy exceeds the tolerance, and
+            apart from it of one at the verdict, when no drop of accuracy does. Soft accuracy is blind to confidence
+            that changes alike on all items, not to one that grows on some and shrinks on others; so an alarm also needs
+            more answers lost than gained over the looks so far.
         on_forgetting: What an alarm does: "warn", or "stop" to end training after this step, or as soon as the
             trainer's min_steps and min_epochs allow. "rollback" and "scale" end it likewise and leave less of the
             adapters: those of the newest look that holds, or the adapters times the largest scale that holds, where

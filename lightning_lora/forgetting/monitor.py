@@ -26,7 +26,7 @@ from lightning_lora.forgetting.gauges import on_items
 from lightning_lora.forgetting.paired import PairedScores, Scores
 from lightning_lora.forgetting.report import Report, TaskReport, compare, compare_pooled, groups_of
 from lightning_lora.forgetting.scoring import Scorer, untrained
-from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value
+from lightning_lora.forgetting.sequential import EProcess, closed_e_values, mean_e_value, raises_alarm
 from lightning_lora.forgetting.tasks import POOLED, LoadedTask
 from lightning_lora.ranks import notice
 
@@ -55,7 +55,8 @@ class Monitor:
     """Takes looks at a model in training, keeps what they found, and says when it forgets.
 
     The alarm: each task's bet against "no drop of soft accuracy above the tolerance" goes on from look to look on
-    fresh items, and the mean of their capitals has come to 1/alpha (see `EProcess`). The verdict, on every item of the
+    fresh items, the mean of their capitals has come to 1/alpha (see `EProcess`), and over the same looks more answers
+    were lost than gained (see `raises_alarm`). The verdict, on every item of the
     bank, tests accuracy itself, once: the drop's one-sided lower bound lies above the tolerance, Holm's correction
     over the tasks and all items together.
 
@@ -67,8 +68,8 @@ class Monitor:
         items_per_look: items of a look over all tasks, and as many over all target tasks; see `ItemBank`.
         seed: shuffles the bank.
         tolerance: a drop that is nobody's concern [share of items].
-        alpha: probability of an alarm at any look of the run when no drop exceeds the tolerance, and apart from it
-            of one at the verdict.
+        alpha: probability of an alarm at any look of the run when no drop of soft accuracy exceeds the tolerance, and
+            apart from it of one at the verdict, when no drop of accuracy does.
         targets: loaded target tasks.
         observers: measure something else at each look.
         recorders: take each report with the scores behind it, on every rank.
@@ -218,7 +219,7 @@ class Monitor:
         if kind == "look":
             for name, bet in self.bets.items():
                 bet.update(_soft_drops(model, base, name), left, groups_of([model.get(name, [])]))
-            alarms = self._alarms_of_looks()
+            alarms = self._alarms_of_looks(tasks)
         else:
             alarms, p_holm = self._alarms_of_verdict(tasks, pooled)
         report = Report(
@@ -241,12 +242,23 @@ class Monitor:
             record(report, {**model, **learned[0]}, {**base, **learned[1]})
         return report
 
-    def _alarms_of_looks(self) -> list[str]:
-        """All together when the capital is there, and the tasks that stand out by themselves."""
+    def _alarms_of_looks(self, newest: Mapping[str, TaskReport]) -> list[str]:
+        """All together when the capital is there and answers with it, and the tasks that stand out by themselves."""
         if self.e_value < 1.0 / self.alpha:
             return []
-        closed = closed_e_values({name: bet.e_value for name, bet in self.bets.items()})
-        return [POOLED, *(name for name, e in closed.items() if e >= 1.0 / self.alpha and len(closed) > 1)]
+        flips = {name: self._flips(name, newest) for name in self.bets}
+        e_values = {POOLED: self.e_value}
+        if len(self.bets) > 1:
+            e_values |= closed_e_values({name: bet.e_value for name, bet in self.bets.items()})
+        flips[POOLED] = (sum(lost for lost, _ in flips.values()), sum(gained for _, gained in flips.values()))
+        return [name for name, e in e_values.items() if raises_alarm(e, self.alpha, *flips[name])]
+
+    def _flips(self, name: str, newest: Mapping[str, TaskReport]) -> tuple[int, int]:
+        """Answers of a task lost and gained over the looks that its bet has gone through, the newest included."""
+        looks = [report.tasks for report in self.history if report.kind == "look"] + [newest]
+        found = [tasks[name] for tasks in looks if name in tasks]
+        found = found[len(found) - self.bets[name].looks :]
+        return sum(task.flips_lost for task in found), sum(task.flips_gained for task in found)
 
     def _alarms_of_verdict(
         self, tasks: Mapping[str, TaskReport], pooled: TaskReport

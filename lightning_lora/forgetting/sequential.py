@@ -15,7 +15,7 @@ expectation is above 1: E is a supermartingale that starts at 1, and by Ville's 
 
 at every number of looks and however the run decides when to stop. The restarts at each look :math:`k` are why a drop
 that comes late is still found: the capital lost while there was none is not staked again. This holds for items that no
-earlier look has seen.
+earlier look has seen, and the drop is one of soft accuracy: see `raises_alarm` for what else an alarm needs.
 
 Items that belong together (questions on one passage) are lost and gained together, and a product over them would take
 one chance for many. There the stake is on a group :math:`g`, drawn whole and at random:
@@ -160,7 +160,7 @@ class EProcess:
 
     @property
     def alarm(self) -> bool:
-        """Whether the capital is 1/alpha or more now: a drop above the tolerance."""
+        """Whether the capital is 1/alpha or more now: a drop of what is bet on above the tolerance."""
         return self.log_e_value >= -math.log(self.alpha)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +213,22 @@ class EProcess:
         """Logarithm of the factor of one look. The sum is rounded once, so the order of groups does not matter."""
         share = bet / (1.0 + self.tolerance)
         return math.fsum(math.log1p(share * y) for y in outcomes)
+
+
+def raises_alarm(e_value: float, alpha: float, lost: int, gained: int) -> bool:
+    r"""Whether evidence is an alarm: :math:`E \ge 1/\alpha`, and more answers were lost than gained.
+
+    The capital is won on soft accuracy. Confidence that grows on some items and shrinks on others moves its mean too,
+    without one answer changed; such evidence alone is no forgetting. The condition can only take alarms away, so the
+    probability of one without a drop stays at most alpha.
+
+    Args:
+        e_value: the evidence so far, of one task or of several.
+        alpha: error probability.
+        lost: answers that the base has right and the model wrong, over the looks that the evidence is of.
+        gained: answers that the base has wrong and the model right, over the same.
+    """
+    return e_value >= 1.0 / alpha and lost > gained
 
 
 def mean_e_value(e_values: Sequence[float]) -> float:

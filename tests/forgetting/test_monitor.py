@@ -294,6 +294,50 @@ def test_broken_model_alarms(loaded: dict[str, LoadedTask], scored: Callable[...
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+def test_an_alarm_needs_answers_lost_and_not_confidence_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """Margins are multiplied item by item: by 10 where the base is wrong, and by -1 on some that it has right."""
+    model = tiny.adapted(1e-6)
+    on = next(module for _, module in adapter_modules(model))
+    factors: dict[int, float] = {}
+
+    def forward(module: nn.Module, ids: Tensor) -> Tensor:
+        logits = module(ids).logits
+        if not on.enabled:
+            return logits
+        keys = (ids[:, :3] * torch.tensor([90_000, 300, 1])).sum(1).tolist()
+        return logits * torch.tensor([factors[key] for key in keys]).view(-1, 1, 1)
+
+    scorer = Scorer(model, tokenizer, forward=forward)
+    docs = [{"context": f"{i:03d}", "choices": ["a", "b"], "gold": 0} for i in range(180)]
+    keys = [sum(90_000 // 300**k * token for k, token in enumerate(tokenizer.encode(doc["context"]))) for doc in docs]
+    assert len(set(keys)) == len(docs)
+
+    def load(name: str) -> dict[str, LoadedTask]:
+        return load_tasks(tiny.write_task(tmp_path, name, docs, target_delimiter=""))
+
+    first = load("first")
+    with scorer.quietly(), scorer.base():
+        margins = [s.margin for s in scorer.score(first, {"first": range(180)})["first"]]
+    for i, (doc, margin) in enumerate(zip(docs, margins, strict=True)):
+        doc["gold"] = int((margin > 0) != (i % 4 > 0))  # three in four right
+    task = load("uneven")
+    confident = {key: 10.0 if i % 4 == 0 else 1.0 for i, key in enumerate(keys)}
+    losing = {key: -1.0 if i % 4 == 1 else confident[key] for i, key in enumerate(keys)}
+    factors |= confident
+    calm, other = Monitor(task, items_per_look=20), Monitor(task, items_per_look=20)
+    looks = [calm.look(scorer, step, left=8 - step) for step in range(6)]
+    assert all((look.pooled.flips_lost, look.pooled.flips_gained, look.alarms) == (0, 0, []) for look in looks)
+    assert calm.e_value > 1000
+    other.load_state_dict(json.loads(json.dumps(calm.state_dict())))
+    factors |= losing
+    for monitor in (calm, other):
+        assert monitor.look(scorer, 6, left=2).alarms == ["pooled"]
+    factors |= confident
+    assert other.look(scorer, 7, left=1).alarms == ["pooled"]  # what earlier looks lost still counts
+    other.begin_anew()
+    assert other.look(scorer, 8, left=1).alarms == []
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -318,7 +362,10 @@ def found(delta: float, soft: float | None = None, error: float = 0.01, n: int =
     [
         (found(-0.004), {"a": found(0.01), "b": found(-0.018)}, True),  # one task by chance
         (found(0.02), {"a": found(-0.25), "b": found(0.3)}, False),  # one has collapsed, the other hides it
-        (found(0.0), {"a": found(0.0, soft=-0.1), "b": found(0.0)}, False),
+        (found(0.0), {"a": found(0.0, soft=-0.1), "b": found(0.0)}, True),  # not an answer less
+        (found(0.0, soft=-0.0085), {"a": found(0.0, soft=-0.0085)}, True),  # confidence moved, no answer did
+        (found(-0.001, soft=-0.0085), {"a": found(-0.001, soft=-0.0085)}, False),
+        (found(0.0), {"a": found(-0.01, soft=-0.1), "b": found(0.01)}, False),
         (found(-0.006), {"a": found(-0.006)}, False),
         (found(-0.004), {"a": found(-0.004, error=0.0, n=400)}, True),
         (found(-0.001), {"a": found(-0.2, error=0.0, n=4), "b": found(0.0)}, True),  # four items say little

@@ -13,6 +13,7 @@ from benchmarks.alarm import (
     LEVEL,
     NULLS,
     PASSAGES,
+    UNEVEN,
     Rule,
     Scenario,
     alarm_looks,
@@ -35,6 +36,22 @@ def test_a_two_point_drop_is_found_within_eight_looks_of_250_items(scenario: Sce
     assert share(alarm_looks(scenario, runs=RUNS), FIND_LOOKS) >= FIND_LEAST
 
 
+@pytest.mark.parametrize("scenario", [s for s in UNEVEN if s.flips == 0], ids=lambda s: s.name)
+def test_confidence_that_differs_between_items_is_no_alarm_while_no_answer_changes(scenario: Scenario) -> None:
+    """The capital alone raises one in every run: soft accuracy does move."""
+    assert share(alarm_looks(scenario, rule=Rule(by_answers=False), runs=RUNS // 10)) > 0.9
+    assert share(alarm_looks(scenario, runs=RUNS // 4)) == 0.0
+    assert share(alarm_looks(scenario, rule=Rule(0.005), runs=RUNS // 4)) == 0.0
+
+
+@pytest.mark.parametrize("scenario", [s for s in UNEVEN if s.flips > 0], ids=lambda s: s.name)
+def test_the_answers_take_false_alarms_away_and_add_none(scenario: Scenario) -> None:
+    alone = alarm_looks(scenario, rule=Rule(by_answers=False), runs=RUNS // 4)
+    gated = alarm_looks(scenario, runs=RUNS // 4)
+    assert all(a is not None and a <= g for a, g in zip(alone, gated, strict=True) if g is not None)
+    assert share(gated) < 0.9 * share(alone)
+
+
 def test_a_drop_of_the_tolerance_is_no_alarm_and_one_above_it_is() -> None:
     rule = Rule(tolerance=0.005)
     assert share(alarm_looks(Scenario("at the tolerance", drop=0.005), rule=rule, runs=RUNS)) <= ALPHA
@@ -46,12 +63,13 @@ def test_raw_margins_cry_wolf_when_confidence_falls_and_miss_a_drop_when_it_rise
     less, more = NULLS[2], DROPS[1]
     assert (less.confidence, less.drop) == (0.8, 0.0)
     assert (more.confidence, more.drop) == (1.25, 0.02)
-    assert share(alarm_looks(less, margin_difference, runs=RUNS // 4)) > 0.9
-    assert share(alarm_looks(more, margin_difference, runs=RUNS // 4), FIND_LOOKS) < 0.1
+    alone = Rule(by_answers=False)
+    assert share(alarm_looks(less, margin_difference, alone, RUNS // 4)) > 0.9
+    assert share(alarm_looks(more, margin_difference, alone, RUNS // 4), FIND_LOOKS) < 0.1
 
 
 def test_items_that_lean_on_each_other_keep_the_level_by_passage_and_break_it_one_by_one() -> None:
-    by_passage, one_by_one = Rule(by_passage=True), Rule()
+    by_passage, one_by_one = Rule(by_passage=True), Rule(by_answers=False)
     none, _, five = PASSAGES
     assert share(alarm_looks(none, rule=by_passage, runs=RUNS)) <= ALPHA
     assert share(alarm_looks(none, rule=Rule(tasks=2, by_passage=True), runs=RUNS // 4)) <= ALPHA
@@ -68,6 +86,6 @@ def test_the_mean_of_tasks_finds_the_one_that_collapses() -> None:
 
 def test_the_mean_capital_of_runs_without_a_drop_stays_near_one() -> None:
     """The law behind the level, seen on the real statistic: soft accuracy's spread is estimated within each look."""
-    last = [path[-1] for path in paths(NULLS[0], runs=RUNS // 2, whole=True)]
+    last = [path[-1].e_value for path in paths(NULLS[0], runs=RUNS // 2, whole=True)]
     assert sum(last) / len(last) < 1.5  # at most 1 in expectation; the mean of 500 heavy-tailed values is rough
     assert sum(e >= LEVEL for e in last) / len(last) <= ALPHA
