@@ -130,7 +130,7 @@ class Margins:
         self._noise = rng.standard_normal((2, 200_000, scenario.choices))
         self.start = self._head_start(scenario.accuracy)
         self.dropped = self._head_start(scenario.accuracy - scenario.drop)
-        self.correlation = _bisect(lambda r: -self._flips(r), -scenario.flips, 0.0, 1.0)
+        self.correlation = _bisect(lambda r: -self._flips(r), -scenario.flips, 0.0, 1.0) if scenario.flips else 1.0
         del self._noise
 
     def look(self, rng: np.random.Generator, dropped: bool, items: int) -> tuple[list[float], list[float]]:
@@ -299,7 +299,7 @@ def table(runs: int) -> None:
 def uneven(runs: int) -> None:
     """Confidence that moves otherwise from item to item: the bet alone, and with the answers that it must show."""
     columns = {
-        f"{'more lost than gained' if by else 'capital alone'}, tolerance {tolerance:g}": Rule(tolerance, by_answers=by)
+        f"{'the rule' if by else 'capital alone'}, tolerance {tolerance:g}": Rule(tolerance, by_answers=by)
         for tolerance in (0.0, 0.005)
         for by in (False, True)
     }
