@@ -19,17 +19,19 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="how often each is seen")
     parser.add_argument("--price", type=float, default=None, help="of an hour on the device, in US dollars")
     parser.add_argument("--dtype", default="bf16", help="of base and activations: bf16, fp16 or fp32")
-    parser.add_argument("--r", type=int, default=16, help="rank of every adapter")
+    parser.add_argument("--r", type=int, default=None, help="rank of every adapter; the one that is advised if null")
     parser.add_argument("--target_modules", default="all-linear", help="all-linear, or a regular expression")
     parser.add_argument("--quantize", default="nf4", help="packing of QLoRA's base: nf4, nf4-dq, fp4 or int8")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(r: int, target_modules: str, quantize: Any, json: bool, **arguments: Any) -> bool:
+def run(r: int | None, target_modules: str, quantize: Any, json: bool, **arguments: Any) -> bool:
     """Print the plan; whether nothing fits."""
     from lightning_lora.config import LoRAConfig
+    from lightning_lora.planning.advice import suggested_rank
     from lightning_lora.planning.plan import plan
 
-    found = plan(config=LoRAConfig(r=r, target_modules=target_modules, quantize=quantize), **arguments)
+    rank = suggested_rank(arguments["goal"], arguments["examples"]) if r is None else r
+    found = plan(config=LoRAConfig(r=rank, target_modules=target_modules, quantize=quantize), **arguments)
     print(dumps(found.to_dict(), indent=2) if json else found)  # noqa: T201
     return found.advice.method is None

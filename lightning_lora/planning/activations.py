@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.model.targets import find_targets
-from lightning_lora.planning.architecture import build
+from lightning_lora.planning.architecture import build, positions
 from lightning_lora.planning.decoders import DecoderConfig
 
 #: Depths that are run; models of no more blocks than the second are run as they are.
@@ -69,8 +69,19 @@ def activations(
         dtype: Of base and activations.
 
     Raises:
-        UnsupportedError: The model's code cannot run without values, as with a router that sorts tokens by expert.
+        UnsupportedError: The model takes no tokens or fewer than these, or its code cannot run without values, as with
+            a router that sorts tokens by expert.
     """
+    name = type(config).__name__
+    if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
+        raise UnsupportedError(
+            f"activations are counted of sequences of tokens, and the model of {name} takes none: measure one step"
+        )
+    context, rotary = positions(config)
+    if context is not None and not rotary and sequence_length > context:
+        raise UnsupportedError(
+            f"the activations of {name} cannot be counted for {sequence_length:,} tokens: it has {context:,} positions"
+        )
     layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0)
     depths = (SHALLOW, DEEP) if layers > DEEP else (layers - 1, layers) if layers > 1 else (layers, layers)
     shape = (batch_size, sequence_length)
@@ -79,7 +90,7 @@ def activations(
     except Exception as error:  # whatever transformers' own code raises over tensors without values
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UnsupportedError(
-            f"the activations of {type(config).__name__} cannot be counted, since its code does not run on tensors "
+            f"the activations of {name} cannot be counted, since its code does not run on tensors "
             f"without values ({reason}): measure one step"
         ) from error
     block = (deep.all - shallow.all) // max(depths[1] - depths[0], 1)
@@ -133,7 +144,11 @@ def _saved(config: Any, lora: LoRAConfig | None, shape: tuple[int, int], dtype: 
             logits = model(inputs_embeds=embedded, use_cache=False, **_without_mask(model)).logits
             before = sum(seen.values())
             labels = torch.zeros(shape, dtype=torch.long)
-            loss: Any = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[operator]
+            loss: Any
+            if logits.dim() == 2:  # of a classifier: one answer a sequence
+                loss = nn.functional.cross_entropy(logits.float(), labels[:, 0])
+            else:
+                loss = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[operator]
         held.append(loss)
         keep(logits)
         return _Saved(sum(seen.values()), sum(seen.values()) - before)

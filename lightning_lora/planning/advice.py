@@ -43,7 +43,11 @@ class Advice:
 
 
 def advise(
-    methods: Mapping[str, MethodPlan], params: int, goal: str = "behaviour", examples: int | None = None
+    methods: Mapping[str, MethodPlan],
+    params: int,
+    goal: str = "behaviour",
+    examples: int | None = None,
+    r: int | None = None,
 ) -> Advice:
     """Choose among methods.
 
@@ -52,6 +56,7 @@ def advise(
         params: Of the base.
         goal: One of `GOALS`.
         examples: How many examples there are; None when nobody says.
+        r: Rank that ``methods`` are of; `suggested_rank` if None.
 
     Raises:
         ConfigError: Another goal.
@@ -81,7 +86,12 @@ def advise(
         warnings.append("a frozen base does not prevent forgetting while the adapter is on: put `ForgettingMonitor` in")
     else:
         warnings.append("full tuning forgets most: watch general tasks and keep the base's checkpoint")
-    return Advice(method, _rank(goal, examples) if method != "full" else None, reasons, warnings)
+    if method == "full":
+        return Advice(method, None, reasons, warnings)
+    begin = suggested_rank(goal, examples)
+    if r is not None and r != begin:
+        reasons.append(f"r={r} is what was asked for; for this goal and as much data r={begin} is where to begin")
+    return Advice(method, begin if r is None else r, reasons, warnings)
 
 
 #: The methods in words.
@@ -112,7 +122,13 @@ def _wanted(goal: str, examples: int | None, params: int, reasons: list[str]) ->
     return [*adapters, "full"]
 
 
-def _rank(goal: str, examples: int | None) -> int:
+def suggested_rank(goal: str = "behaviour", examples: int | None = None) -> int:
+    """The rank to begin with.
+
+    Args:
+        goal: One of `GOALS`.
+        examples: How many examples there are; None when nobody says.
+    """
     if goal == "knowledge" or (examples or 0) > 500_000:
         return 64
     return 8 if examples is not None and examples < 10 * FEW and goal != "narrow" else 16

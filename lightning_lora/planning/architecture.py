@@ -7,6 +7,7 @@ The real class is built on the meta device, so that every count is the architect
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 import warnings
@@ -23,7 +24,7 @@ from lightning_lora.errors import ConfigError, MissingDependencyError, Notice
 from lightning_lora.model.targets import Targets, find_heads, find_targets
 from lightning_lora.nn.linear import is_conv1d, linear_shape
 from lightning_lora.nn.quantized import PackedWeight
-from lightning_lora.planning.decoders import Decoder, DecoderConfig, known_decoder
+from lightning_lora.planning.decoders import Decoder, DecoderConfig, context_length, known_decoder
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Architecture:
         largest_weight: Elements of the largest packed matrix.
         widest: Largest width of any linear's output, the head left out.
         saved_params: Parameters that are trained in full beside the adapters.
+        context: Tokens that it was made for; None where the configuration does not say.
+        rotary: Whether its positions are rotary, and so without an end.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Architecture:
     largest_weight: int
     widest: int
     saved_params: int
+    context: int | None
+    rotary: bool
 
     @property
     def adapter_params(self) -> int:
@@ -100,14 +105,27 @@ def read_config(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
             model = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file} is no JSON: {error}. Give the model's config.json") from error
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{file} holds a {type(model).__name__}, not a mapping of keys: give the model's config.json")
     values = dict(model)
     kind = values.pop("model_type", None)
+    _check_type(kind)
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"`model_type` {kind!r} is none that this version of transformers knows, or a value is wrong: {error}"
-        ) from error
+        raise ConfigError(f"a value in the configuration of `model_type` {kind!r} is wrong: {error}") from error
+
+
+def _check_type(kind: Any) -> None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    if kind in CONFIG_MAPPING:
+        return
+    near = difflib.get_close_matches(str(kind), [str(name) for name in CONFIG_MAPPING.keys()], n=3)  # noqa: SIM118
+    raise ConfigError(
+        f"`model_type` {kind!r} is none that this version of transformers ({__version__}) knows"
+        + (f"; nearest: {', '.join(near)}" if near else "")
+    )
 
 
 def read_any(model: str | os.PathLike[str] | Mapping[str, Any] | Any) -> Any:
@@ -151,6 +169,7 @@ def architecture(config: Any, lora: LoRAConfig, dtype: torch.dtype) -> Architect
     heads = {id(model.get_submodule(name)) for name in find_heads(model)}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
     text = config.get_text_config()
+    context, rotary = positions(config)
     return Architecture(
         name=config.name if isinstance(config, DecoderConfig) else type(model).__name__,
         config=config,
@@ -165,7 +184,25 @@ def architecture(config: Any, lora: LoRAConfig, dtype: torch.dtype) -> Architect
         largest_weight=largest,
         widest=max((linear_shape(m)[1] for m in linears if id(m) not in heads), default=0),
         saved_params=sum(p.numel() for n in targets.saved for p in model.get_submodule(n).parameters()),
+        context=context,
+        rotary=rotary,
     )
+
+
+def positions(config: Any) -> tuple[int | None, bool]:
+    """Tokens that a model was made for, None where its configuration does not say, and whether they are rotary.
+
+    Args:
+        config: transformers' configuration, or a `DecoderConfig`.
+    """
+    if isinstance(config, DecoderConfig):
+        return config.context, True
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    named = getattr(text, "max_position_embeddings", None)
+    if type(named) is not int or named < 1:
+        return None, rope is not None
+    return context_length(named, rope), rope is not None
 
 
 def on_meta(config: Any, dtype: torch.dtype) -> nn.Module:

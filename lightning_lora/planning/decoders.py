@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: By ``model_type``: class of the model, whether q, k and v have biases always, whether q and k are normalized.
+#: By ``model_type``: class of the model, whether q, k and v have biases always, whether q and k are normalized, and the
+#: context where a configuration names none.
 _FAMILIES = {
-    "llama": ("LlamaForCausalLM", False, False),
-    "mistral": ("MistralForCausalLM", False, False),
-    "qwen2": ("Qwen2ForCausalLM", True, False),
-    "qwen3": ("Qwen3ForCausalLM", False, True),
+    "llama": ("LlamaForCausalLM", False, False, 2_048),
+    "mistral": ("MistralForCausalLM", False, False, 131_072),
+    "qwen2": ("Qwen2ForCausalLM", True, False, 32_768),
+    "qwen3": ("Qwen3ForCausalLM", False, True, 32_768),
 }
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 #: Keys that change neither a shape nor what a forward keeps.
@@ -62,6 +63,7 @@ class DecoderConfig:
         bias: Whether q, k and v have biases.
         output_bias: Whether the attention's output has one.
         head_norm: Whether the heads of q and k are normalized.
+        context: Tokens that it was made for.
     """
 
     name: str
@@ -76,6 +78,7 @@ class DecoderConfig:
     bias: bool
     output_bias: bool
     head_norm: bool
+    context: int
 
     def get_text_config(self) -> DecoderConfig:
         """Itself: these models know text alone."""
@@ -92,7 +95,8 @@ def known_decoder(values: Mapping[str, Any]) -> DecoderConfig | None:
     sizes = [values.get(key) for key in _SIZES]
     if family is None or not all(type(size) is int and size > 0 for size in sizes):
         return None
-    name, always_bias, head_norm = family
+    name, always_bias, head_norm, usual = family
+    positions = values.get("max_position_embeddings") or usual
     vocab, hidden, inner, layers, heads = (int(size) for size in sizes if size is not None)
     # Classes have other defaults for these, save Llama.
     kv_heads = values.get("num_key_value_heads", heads if name.startswith("Llama") else None)
@@ -103,6 +107,7 @@ def known_decoder(values: Mapping[str, Any]) -> DecoderConfig | None:
     if (
         type(kv_heads) is not int
         or type(head_dim) is not int
+        or type(positions) is not int
         or kv_heads < 1
         or head_dim < 2
         or head_dim % 2
@@ -117,8 +122,22 @@ def known_decoder(values: Mapping[str, Any]) -> DecoderConfig | None:
         return None
     return DecoderConfig(
         name, vocab, hidden, inner, layers, heads, kv_heads, head_dim, flags[0], always_bias or flags[1], flags[1],
-        head_norm,
+        head_norm, context_length(positions, values.get("rope_parameters") or values.get("rope_scaling")),
     )  # fmt: skip
+
+
+def context_length(positions: int, rope: Any) -> int:
+    """Tokens that a model with rotary positions was made for.
+
+    Args:
+        positions: ``max_position_embeddings``: with an extension of the rotation in some files, without in others.
+        rope: How the rotation is scaled, as the configuration has it.
+    """
+    scaling = rope if isinstance(rope, Mapping) else {}
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    if not isinstance(factor, int | float) or not isinstance(original, int | float):
+        return positions
+    return max(positions, int(factor * original))
 
 
 def _as_here(key: str, value: Any, layers: int, values: Mapping[str, Any]) -> bool:

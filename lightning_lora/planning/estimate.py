@@ -29,6 +29,7 @@ positions and p of the adapters:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ class MethodPlan:
         memory: At the peak of a step.
         fits: Whether that goes into the device; None without one.
         largest_batch: Sequences of this length that fit at most, 0 for none; None without a device.
-        largest_sequence: Tokens that fit in a sequence at this batch, by proportion; None without a device.
+        largest_sequence: Tokens that fit in a sequence at this batch, by proportion, at most the model's context; None
+            without a device.
         file_bytes: What a checkpoint's weights take on disk: adapters in fp32, or the model in its dtype [bytes].
         step_flops: Operations of a step.
         tokens_per_second: At `UTILIZATION` of the device's rate; None without a device.
@@ -157,7 +159,7 @@ def estimate(
         memory=memory,
         fits=None if usable is None or saved is None else memory.total <= usable,
         largest_batch=None if share is None else int(share * batch_size),
-        largest_sequence=None if share is None else int(share * sequence_length),
+        largest_sequence=None if share is None else min(int(share * sequence_length), model.context or sys.maxsize),
         file_bytes=model.params * dtype.itemsize if method == "full" else 4 * trained,
         step_flops=flops,
         tokens_per_second=rate,

@@ -13,8 +13,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.planning.activations import Activations, activations
-from lightning_lora.planning.advice import advise
-from lightning_lora.planning.architecture import architecture, read_any
+from lightning_lora.planning.advice import advise, suggested_rank
+from lightning_lora.planning.architecture import Architecture, architecture, read_any
 from lightning_lora.planning.devices import find_device
 from lightning_lora.planning.estimate import METHODS, estimate
 from lightning_lora.planning.result import Plan
@@ -49,7 +49,7 @@ def plan(
         epochs: How often each is seen.
         price: Of an hour on the device [US dollars]; a round figure of the table if None.
         dtype: Of base and activations, "bf16", "fp16" or "fp32".
-        config: Adapters and packing; rank 16 on all linears, nf4, if None.
+        config: Adapters and packing; if None, nf4 and all linears at the rank that is advised (`suggested_rank`).
 
     Raises:
         ConfigError: No configuration, an unknown device or goal, or a value out of range.
@@ -61,7 +61,7 @@ def plan(
     if dtype not in ("bf16", "fp16", "fp32"):
         raise ConfigError(f'`dtype` must be "bf16", "fp16" or "fp32", got {dtype!r}')
     device = None if gpu is None else find_device(gpu)
-    lora = LoRAConfig() if config is None else config
+    lora = LoRAConfig(r=suggested_rank(goal, examples)) if config is None else config
     own = read_any(model)
     base: torch.dtype = torch_dtype(dtype)
     found = architecture(own, lora, base)
@@ -87,14 +87,29 @@ def plan(
         params=found.params,
         adapter_params=found.adapter_params,
         adapted=len(found.adapted),
+        r=lora.r,
+        context=found.context,
         batch_size=batch_size,
         sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing,
         device=device,
         methods=methods,
-        advice=advise(methods, found.params, goal, examples),
-        notes=notes,
+        advice=advise(methods, found.params, goal, examples, lora.r),
+        notes=[*_beyond(found, sequence_length), *notes],
     )
+
+
+def _beyond(model: Architecture, length: int) -> list[str]:
+    """What it means that sequences are longer than the model's context, if they are."""
+    if model.context is None or length <= model.context:
+        return []
+    meant = (
+        "its positions are rotary, so it runs, but in places that it was never trained for: scale its rope "
+        "(`rope_scaling`) or ask for less"
+        if model.rotary
+        else "it has no further positions, so its forward fails: ask for less"
+    )
+    return [f"{length:,} tokens are more than the model's context of {model.context:,}; {meant}"]
 
 
 def _activations(

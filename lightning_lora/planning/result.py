@@ -21,6 +21,8 @@ class Plan:
         params: Its parameters.
         adapter_params: Those of all A and B.
         adapted: How many linears get an adapter.
+        r: Rank of the adapters that were planned.
+        context: Tokens that the model was made for; None where its configuration does not say.
         batch_size: Sequences in a forward.
         sequence_length: Tokens in each.
         gradient_checkpointing: Whether blocks keep their inputs alone.
@@ -34,6 +36,8 @@ class Plan:
     params: int
     adapter_params: int
     adapted: int
+    r: int
+    context: int | None
     batch_size: int
     sequence_length: int
     gradient_checkpointing: bool
@@ -62,7 +66,8 @@ Row = tuple[str, Callable[[MethodPlan], str]]
 def _text(plan: Plan) -> str:
     """The table, the recommendation, and what they rest on."""
     lines = [
-        f"{plan.model}: {plan.params:,} parameters; {plan.adapter_params:,} in adapters on {plan.adapted} linears",
+        f"{plan.model}: {plan.params:,} parameters; {plan.adapter_params:,} in adapters of rank {plan.r} "
+        f"on {plan.adapted} linears",
         f"{plan.batch_size} x {plan.sequence_length:,} tokens"
         + (", gradient checkpointing" if plan.gradient_checkpointing else "")
         + (f", on {plan.device.name} ({plan.device.memory / 1e9:g} GB)" if plan.device else ""),
@@ -91,10 +96,13 @@ def _rows(plan: Plan) -> list[Row]:
         ("adapters", lambda m: _size(m.memory.adapters)),
         ("gradients", lambda m: _size(m.memory.gradients)),
         ("optimizer", lambda m: _size(m.memory.optimizer)),
-        ("activations", lambda m: _size(m.memory.activations) if not plan.notes else "not known"),
-        ("logits and loss", lambda m: _size(m.memory.logits) if not plan.notes else "not known"),
+        ("activations", lambda m: _size(m.memory.activations) if _counted(m) else "not known"),
+        ("logits and loss", lambda m: _size(m.memory.logits) if _counted(m) else "not known"),
         ("workspace", lambda m: _size(m.memory.workspace + m.memory.dequantized)),
-        ("total", lambda m: _size(m.memory.total)),
+        (
+            "total" if all(map(_counted, plan.methods.values())) else "total without activations",
+            lambda m: _size(m.memory.total),
+        ),
         ("weights on disk", lambda m: _size(m.file_bytes)),
     ]
     if plan.device is None:
@@ -102,12 +110,29 @@ def _rows(plan: Plan) -> list[Row]:
     rows += [
         ("fits", lambda m: "not known" if m.fits is None else "yes" if m.fits else "no"),
         ("largest batch", lambda m: _count(m.largest_batch)),
-        ("longest sequence", lambda m: _count(m.largest_sequence)),
+        ("longest sequence", lambda m: _count(m.largest_sequence) + (" (context)" if _capped(m, plan.context) else "")),
         ("tokens a second", lambda m: f"{m.tokens_per_second or 0:,.0f}"),
     ]
     if any(m.hours is not None for m in plan.methods.values()):
-        rows += [("hours", lambda m: f"{m.hours or 0:,.1f}"), ("cost [USD]", lambda m: f"{m.cost or 0:,.0f}")]
+        rows += [("hours", lambda m: _hours(m.hours or 0.0)), ("cost [USD]", lambda m: _dollars(m.cost or 0.0))]
     return rows
+
+
+def _counted(method: MethodPlan) -> bool:
+    return method.memory.activations > 0
+
+
+def _capped(method: MethodPlan, context: int | None) -> bool:
+    return context is not None and method.largest_sequence == context
+
+
+def _hours(hours: float) -> str:
+    minutes = 60 * hours
+    return f"{hours:,.1f}" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 0.1 else "<0.1 min" if hours else "0"
+
+
+def _dollars(cost: float) -> str:
+    return f"{cost:,.0f}" if cost >= 10 else f"{cost:.2f}" if cost >= 0.01 else "<0.01" if cost else "0"
 
 
 def _advice(plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from lightning_lora import LoRAConfig, apply_lora, plan
 from lightning_lora.cli.main import main
@@ -97,7 +97,8 @@ def test_advice_follows_the_goal_and_what_fits() -> None:
     assert choice("behaviour", "16GB") == "qlora"
     assert choice("behaviour", "8GB") is None
     assert choice("knowledge") == "full"
-    assert choice("knowledge", "24GB") == "lora"
+    assert choice("knowledge", "24GB", config=LoRAConfig()) == "lora"
+    assert choice("knowledge", "24GB") == "qlora"  # at rank 64, which is advised, LoRA does not fit
     assert choice("narrow", examples=200_000) == "full"
     assert choice("narrow", examples=5_000) == "lora"
     assert choice("behaviour", examples=20_000_000) == "full"
@@ -123,15 +124,70 @@ def test_it_is_read_from_folders_files_and_values(tmp_path: Path) -> None:
     json.dumps(wanted, allow_nan=False)
 
 
-def test_an_encoder_is_counted_without_its_activations() -> None:
-    config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        architectures=["BertForSequenceClassification"],
-    )  # fmt: skip
-    found = plan(config)
+def test_the_table_is_of_the_rank_that_is_advised_or_asked_for() -> None:
+    for found, r in (
+        (plan(LLAMA, examples=10), 8),
+        (plan(LLAMA, goal="knowledge", gpu="24GB", config=LoRAConfig(r=4)), 4),
+        (plan(LLAMA, examples=10, config=LoRAConfig(r=32)), 32),
+    ):
+        assert found.r == r
+        assert found.advice.r in (r, None)
+        assert found.adapter_params == plan(LLAMA, config=LoRAConfig(r=r)).adapter_params
+        assert f"in adapters of rank {r} on" in str(found)
+    assert any("r=8 is where to begin" in text for text in found.advice.reasons)
+
+
+@pytest.mark.parametrize(("config", "meant"), [(LLAMA, "rotary"), (GPT2, "its forward fails")])
+def test_sequences_beyond_the_context_are_said_and_never_advised(config: Any, meant: str) -> None:
+    own = type(config)(**{**config.to_dict(), "max_position_embeddings": 256, "n_positions": 256})
+    within = plan(own, sequence_length=256, gpu="h100")
+    assert (within.context, within.notes) == (256, [])
+    assert within.methods["lora"].largest_sequence == 256
+    assert "256 (context)" in str(within)
+    beyond = plan(own, sequence_length=300, gpu="h100")
+    assert "300 tokens are more than the model's context of 256" in beyond.notes[0]
+    assert meant in beyond.notes[0]
+    assert ("total without activations" in str(beyond)) == (config is GPT2)
+
+
+def test_the_context_of_a_scaled_rotation_is_the_longer_one() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    values = {**LLAMA.to_dict(), "max_position_embeddings": 512, "rope_parameters": rope}
+    assert plan(values, sequence_length=2048).notes == []
+    assert plan({**values, "max_position_embeddings": 4096}, sequence_length=64).context == 4096
+
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def test_a_classifier_is_counted_within_its_positions() -> None:
+    config = BertConfig(vocab_size=99, **ENCODER, architectures=["BertForSequenceClassification"])
+    found = plan(config, sequence_length=128)
     assert found.model == "BertForSequenceClassification"
     assert found.methods["lora"].trainable_params > found.adapter_params  # and the head, trained in full
-    assert "measure one step" in found.notes[0] or found.methods["lora"].memory.activations > 0
+    assert found.methods["lora"].memory.activations > 0
+    assert found.notes == []
+    longer = plan(config, sequence_length=2048, gpu="24GB")
+    assert longer.methods["lora"].memory.activations == 0
+    assert "cannot be counted for 2,048 tokens: it has 512 positions" in longer.notes[1]
+    assert "total without activations" in str(longer)
+
+
+def test_a_model_of_images_is_counted_without_its_activations() -> None:
+    found = plan(ViTConfig(**ENCODER, architectures=["ViTForImageClassification"]))
+    (note,) = found.notes
+    assert "counted of sequences of tokens, and the model of ViTConfig takes none" in note
+    assert "total without activations" in str(found)
+
+
+def test_short_runs_have_minutes_and_cents() -> None:
+    text = str(plan(LLAMA, gpu="h100", examples=9_000_000, sequence_length=1024, price=3.0))
+    hours, cost = (next(line for line in text.splitlines() if line.startswith(row)) for row in ("hours", "cost"))
+    assert " min" in hours
+    assert float(cost.split()[-1]) < 1
+    tiny = str(plan(LLAMA, gpu="h100", examples=1, sequence_length=16, price=3.0))
+    assert "<0.1 min" in tiny
+    assert "<0.01" in tiny
 
 
 @pytest.mark.parametrize(
@@ -145,7 +201,12 @@ def test_an_encoder_is_counted_without_its_activations() -> None:
         ({"examples": -1}, r"`examples` must be a number of 0 or more, or null: got -1"),
         ({"dtype": "int4"}, r'`dtype` must be "bf16", "fp16" or "fp32", got \'int4\''),
         ({"model": "no/such"}, r"no configuration at 'no/such', and none of that name in the local cache"),
-        ({"model": {"model_type": "nothing"}}, r"`model_type` 'nothing' is none that this version"),
+        (
+            {"model": {"model_type": "nothing"}},
+            r"`model_type` 'nothing' is none that this version of transformers \(\d[\w.]*\) knows$",
+        ),
+        ({"model": {"model_type": "lama"}}, r"'lama' is none .* knows; nearest: llama"),
+        ({"model": {}}, r"`model_type` None is none"),
     ],
 )
 def test_what_is_wrong_is_said(given: dict[str, Any], text: str) -> None:
@@ -162,6 +223,12 @@ def test_a_broken_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config.json is no JSON.*Give the model's config.json"):
         read_config(tmp_path)
+
+
+def test_a_file_of_no_mapping_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("[1, 2]")
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "config.json holds a list, not a mapping of keys" in capsys.readouterr().err
 
 
 def test_devices_go_by_any_spelling() -> None:
