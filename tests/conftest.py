@@ -19,6 +19,9 @@ import lightning_lora.errors  # noqa: F401
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
 
+ROOT = Path(__file__).parents[1]
+BEFORE = pytest.StashKey[set[str]]()
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -43,6 +46,25 @@ def _leaves_no_process_group() -> Iterator[None]:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a Trainer writes by default (logs, checkpoints) lands in the test's folder."""
     monkeypatch.chdir(tmp_path)
+
+
+def _at_the_root() -> set[str]:
+    """What lies at the root and is not for git to ignore."""
+    names = {name for name in os.listdir(ROOT) if not name.startswith(".") and not name.endswith(".egg-info")}
+    return names - {"build", "dist", "outputs", "site"}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What lies there before the tests."""
+    session.config.stash[BEFORE] = _at_the_root()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A test that writes into the repository is a failure: processes of their own start at its root."""
+    left = _at_the_root() - session.config.stash[BEFORE]
+    if left and not hasattr(session.config, "workerinput"):
+        session.exitstatus = 1
+        print(f"\nFAILED: tests left {', '.join(sorted(left))} at the root of the repository")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,7 +36,8 @@ def fit(out: Path, how: Any, monitor: ForgettingMonitor, student: tiny.Student, 
     """The run's end: where, what was done, what is left and what is in the file."""
     saves = AdapterCheckpoint(dirpath=out, save_last=True)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=how, logger=False, enable_progress_bar=False, callbacks=[
+        accelerator="cpu", devices=2, strategy=how, logger=False, default_root_dir=out, enable_progress_bar=False,
+        callbacks=[
             LoRA(r=4), *callbacks, monitor, saves
         ], enable_model_summary=False, max_steps=60 if isinstance(student, Slow) else 12, min_epochs=0,
     )  # fmt: skip

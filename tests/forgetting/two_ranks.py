@@ -144,7 +144,7 @@ def fit(rank: int, folder: Path) -> Any:
     )
     trainer = L.Trainer(
         max_steps=30, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[LoRA(r=4), monitor],
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[LoRA(r=4), monitor], default_root_dir=folder,
     )  # fmt: skip
     student = tiny.Student(lr=0.5)
     trainer.fit(student, tiny.loader())
@@ -160,7 +160,8 @@ def watched(folder: Path, adapter: str, **kwargs: Any) -> Any:
     )  # fmt: skip
     trainer = L.Trainer(
         max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[LoRA(r=4, init_from=adapter), monitor], **kwargs,
+        enable_model_summary=False, callbacks=[LoRA(r=4, init_from=adapter), monitor], default_root_dir=folder,
+        **kwargs,
     )  # fmt: skip
     trainer.fit(tiny.Student(lr=0.0), tiny.loader())
     return [{**report.to_dict(), "seconds": 0} for report in monitor.history]
