@@ -235,9 +235,9 @@ def test_where_only_checkpoints_of_a_metric_are_kept_what_is_left_is_written_too
 
 def test_who_keeps_no_checkpoints_is_given_none(known: str, tmp_path: Path) -> None:
     monitor = ForgettingMonitor(known, tiny.tokenizer(), on_forgetting="rollback", gauges=False)
-    fit(monitor, Worsens(step=0), ModelCheckpoint(dirpath=tmp_path, save_top_k=0), max_steps=4)
+    fit(monitor, Worsens(step=0), ModelCheckpoint(dirpath=tmp_path / "kept", save_top_k=0), max_steps=4)
     assert monitor.outcome is not None
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_rollback_is_refused_by_name_where_a_strategy_keeps_copies_of_the_adapters(known: str) -> None:

@@ -321,6 +321,7 @@ def main() -> None:
         name = folder / f"async-{shards}"
         how = strategy(save_distributed_checkpoint=shards)
         _, uncut = fit(name, how, {}, steps=CUT, plugins=[AsyncCheckpointIO()])
+        torch.distributed.barrier()  # each process waits for its own writer only
         found[f"async-{shards}"] = {"live": uncut, "written": read_either(name / f"step={CUT}.ckpt")["state_dict"]}
     found["full"] = full_disk(folder / "full")
     # tensor parallelism: both processes see the same items
