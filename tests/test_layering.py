@@ -104,7 +104,20 @@ ORDER: dict[str, tuple[str, ...]] = {
     "planning": ("devices", "decoders", "architecture", "activations", "estimate", "advice", "result", "plan"),
     "cli": (
         *("output", "model_arguments", "models", "asking"),
-        *("completion", "eval", "sweep", "export", "inspect", "merge", "plan", "report", "fit_cli", "fit", "main"),
+        *(
+            "completion",
+            "eval",
+            "sweep",
+            "export",
+            "inspect",
+            "merge",
+            "plan",
+            "report",
+            "fit_cli",
+            "fit",
+            "parser",
+            "main",
+        ),
     ),
 }
 

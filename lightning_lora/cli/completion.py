@@ -8,6 +8,10 @@ from typing import Any
 SHELLS = ("bash", "zsh", "tcsh")
 
 
+#: What the page of help begins with.
+USAGE = "SHELL"
+
+
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""
     parser.add_argument("shell", choices=SHELLS, help="for bash: lightning-lora completion bash >> ~/.bashrc")

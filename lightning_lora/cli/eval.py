@@ -14,6 +14,9 @@ from typing import Any
 from lightning_lora.cli import asking, output
 from lightning_lora.cli.model_arguments import add_model_arguments
 
+#: What the page of help begins with.
+USAGE = "BASE ADAPTER --tasks TASK ... [options]"
+
 
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""

@@ -8,6 +8,9 @@ from typing import Any
 from lightning_lora.cli import output
 from lightning_lora.cli.model_arguments import ADAPTER
 
+#: What the page of help begins with.
+USAGE = "ADAPTER OUT --base BASE [options]"
+
 
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""

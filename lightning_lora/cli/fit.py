@@ -26,6 +26,10 @@ _PAGE: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+#: What the page of help begins with.
+USAGE = "--config FILE [options]"
+
+
 def add_arguments(parser: Any) -> None:
     """The options that most runs need; `--help_all` lists every one."""
     for name, default, text in _PAGE:

@@ -22,6 +22,10 @@ WORST = {
 }
 
 
+#: What the page of help begins with.
+USAGE = "DIR [options]"
+
+
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""
     parser.add_argument("dir", help="adapter folder, of this package or of PEFT, or a run's checkpoint")

@@ -62,16 +62,16 @@ def build_parser() -> Any:
     Raises:
         ModuleNotFoundError: jsonargparse is not installed.
     """
-    import jsonargparse
+    from lightning_lora.cli.parser import CommandParser
 
-    parser = jsonargparse.ArgumentParser(
+    parser = CommandParser(
         prog="lightning-lora", description="Adapters of lightning_lora and PEFT.", version=__version__
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, module in COMMANDS.items():
-        own = jsonargparse.ArgumentParser(description=module.__doc__)
+        own = CommandParser(description=module.__doc__, usage=f"lightning-lora {name} {module.USAGE}")
         module.add_arguments(own)
-        commands.add_subcommand(name, own, help=(module.__doc__ or "").strip().splitlines()[0])
+        parser.add_command(commands, name, own, help=(module.__doc__ or "").strip().splitlines()[0])
     return parser
 
 

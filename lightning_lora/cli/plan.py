@@ -6,6 +6,9 @@ from __future__ import annotations
 from json import dumps
 from typing import Any
 
+#: What the page of help begins with.
+USAGE = "MODEL [--gpu GPU] [options]"
+
 
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""

@@ -21,6 +21,10 @@ from lightning_lora.cli.model_arguments import add_model_arguments
 SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
+#: What the page of help begins with.
+USAGE = "BASE ADAPTER --tasks TASK ... [options]"
+
+
 def add_arguments(parser: Any) -> None:
     """The command's own arguments."""
     add_model_arguments(parser)

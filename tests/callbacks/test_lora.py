@@ -65,7 +65,7 @@ def notices(run: Callable[[], Any]) -> list[str]:
 
 
 class TestModels:
-    @pytest.mark.parametrize("quantize", ["none", "nf4"])
+    @pytest.mark.parametrize("quantize", ["none", "nf4", "fp4"])
     @pytest.mark.parametrize(
         "make",
         [lambda: LM(TinyNet()), lambda: LM(tiny_llama()), lambda: LM(tiny_gpt2()), lambda: LM(build_late=True)],
