@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORGETTING_LABEL = "general tasks: accuracy vs base [points]"
-TARGET_LABEL = "target tasks: accuracy vs base [points]"
+FORGETTING_LABEL = "general accuracy vs base [points]"
+TARGET_LABEL = "target accuracy vs base [points]"
 
 
 class Place(NamedTuple):

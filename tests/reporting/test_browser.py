@@ -28,6 +28,11 @@ PROBE = """<script>addEventListener("load", () => {
     title: document.title,
     pictures: [...document.querySelectorAll("svg")].map(e => [box(e).width, box(e).height]),
     texts: [...document.querySelectorAll("svg text")].filter(e => box(e).width > 0).length,
+    cut: [...document.querySelectorAll("svg text")].filter(e => {
+      const all = box(e.closest("svg")), own = box(e);
+      const across = own.left < all.left - 2 || own.right > all.right + 2;
+      return across || own.top < all.top - 2 || own.bottom > all.bottom + 2;
+    }).map(e => e.textContent),
     images: [...document.images].map(e => e.complete && e.naturalWidth > 0),
     width: innerWidth, needed: document.documentElement.scrollWidth,
   });
@@ -81,6 +86,7 @@ def test_a_browser_opens_the_page(width: int, tmp_path: Path) -> None:
     assert len(seen["pictures"]) == 5
     assert all(w > 200 and h > 150 for w, h in seen["pictures"])
     assert seen["texts"] > 50
+    assert [text for text in seen["cut"] if SCRIPT not in text] == []
     assert seen["needed"] <= seen["width"]  # wide tables scroll in themselves
 
 

@@ -35,7 +35,7 @@ def test_target_tasks_give_the_learning_axis(tmp_path: Path) -> None:
     x, y = series(ax)["this run, by its looks"]
     assert x == pytest.approx([0.0, 10.0, 20.0])  # the verdict stands for the look at its step
     assert y == pytest.approx([0.0, -2.0, -3.0])
-    assert "target tasks" in ax.get_xlabel()
+    assert "target accuracy" in ax.get_xlabel()
     assert not ax.xaxis_inverted()
     bars = [container.has_xerr and container.has_yerr for container in ax.containers]
     assert bars == [True, True]
