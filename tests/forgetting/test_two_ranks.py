@@ -30,10 +30,10 @@ def launch(jobs: list[str], task_folder: Path, out: Path, **environment: str) ->
     command = [sys.executable, "-m", "tests.forgetting.two_ranks", str(task_folder), str(out), *jobs]
     shared = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", **environment,
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment,
     }  # fmt: skip
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command, cwd=out, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     errors = [process.communicate(timeout=900)[1] for process in processes]
