@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.forgetting.arguments import check_counts, check_real
 from lightning_lora.forgetting.divergence import kl_sum
 from lightning_lora.model.apply import disable_adapters, is_adapted
 from lightning_lora.model.inner import evaluating, hf_models
@@ -60,10 +61,8 @@ class BaseKL(Callback):
         self, weight: float = 0.5, non_target_only: bool = False, every_n_steps: int = 1, forward: str | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(weight, int | float) or not 0.0 <= weight < float("inf"):
-            raise ConfigError(f"`weight` must be a finite number of 0 or more: got {weight!r}.")
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ConfigError(f"`every_n_steps` must be a whole number of 1 or more: got {every_n_steps!r}.")
+        check_real("weight", weight)
+        check_counts(every_n_steps=every_n_steps)
         self.weight = weight
         self.non_target_only = non_target_only
         self.every_n_steps = every_n_steps

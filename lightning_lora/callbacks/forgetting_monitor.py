@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +27,14 @@ from lightning_lora.callbacks.trainer_bar import trainer_bar
 from lightning_lora.errors import ConfigError, TaskError, WriteError
 from lightning_lora.forgetting.arguments import (
     as_fractions,
+    as_names,
     as_steps,
     as_tasks,
     check_choice,
     check_counts,
     check_levels,
+    check_metric,
+    check_seed,
     check_share,
     task_label,
 )
@@ -192,6 +196,8 @@ class ForgettingMonitor(Callback):
         check_counts(none_too=True, every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
         check_counts(items_per_eval=items_per_eval, batch_tokens=batch_tokens)
         check_counts(least=0, none_too=True, num_fewshot=num_fewshot)
+        check_seed(seed)
+        check_metric("target_metric", target_metric)
         self.tasks = as_tasks("tasks", tasks)
         self.target_tasks = [] if target_tasks is None else as_tasks("target_tasks", target_tasks)
         self.tokenizer = tokenizer
@@ -207,7 +213,7 @@ class ForgettingMonitor(Callback):
         self.apply_chat_template = apply_chat_template
         self.system_instruction = system_instruction
         self.fewshot_as_multiturn = fewshot_as_multiturn
-        self.allow_code = [allow_code] if isinstance(allow_code, str) else list(allow_code)
+        self.allow_code = as_names("allow_code", allow_code)
         self.base_cache = base_cache
         self.tolerance = tolerance
         self.alpha = alpha
@@ -334,6 +340,7 @@ class ForgettingMonitor(Callback):
         if self.look_at_start and not parts.monitor.history:
             # What is logged in this hook is gone before the first batch ends, where others begin to read it.
             self._unlogged = self._look(trainer, *parts.sizes.first()).metrics()
+        self._time(trainer)
         if parts.sizes.budget is not None and parts.sizes.budget.next_step is None:
             parts.sizes.plan(step, self._length.steps)
 
@@ -365,7 +372,7 @@ class ForgettingMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts = self._fit()
         if parts.response.is_owed:
-            with parts.sizes.spending(trainer.global_step):
+            with self._spending(trainer):
                 parts.response.settle(self._scorer())
             rank_zero_info(f"ForgettingMonitor, now that training ends: {outcome_text(self.outcome or {})}")
         self.conclude(trainer)
@@ -382,27 +389,52 @@ class ForgettingMonitor(Callback):
             All items of all tasks together, and each task.
         """
         monitor = self._fit().monitor
-        with together("compare with the base", TaskError):
+        with self._fit().sizes.spending(self._seen_step), together("compare with the base", TaskError):
             return compare_tasks(self._scorer(), monitor.pairs, monitor.bank.sample(items))
 
-    def conclude(self, trainer: Trainer) -> None:
+    def conclude(self, trainer: Trainer, changed: bool = False) -> None:
         """The verdict, and what it leads to; once more when something has changed the adapters after training.
 
         Args:
             trainer: While `fit` runs.
+            changed: Whether something else than an alarm has changed the adapters since the newest look.
         """
         response = self._fit().response
         if self.verdict_at_end:
             before = response.outcome
-            self._verdict(trainer)
+            self._verdict(trainer, changed)
             if response.outcome is not before and response.changes_adapters:
-                self._verdict(trainer)  # of what is left
+                self._verdict(trainer, changed)  # of what is left
         if response.outcome is not None and response.changes_adapters:
             renew_checkpoints(trainer)
         with together("write what the looks found", WriteError):
             self._output.finish(self.history, trainer.loggers)
         if self._output.folder is not None and self.dirpath is None:
             rank_zero_info(f"ForgettingMonitor has written what the looks found to {self._output.folder}")
+
+    def expect_sweep(self, tries: int) -> None:
+        """Keep time for a sweep of scales after the verdict, and for the verdict on what it leaves.
+
+        Args:
+            tries: How many scales are going to be compared over this monitor's bank.
+        """
+        self._fit().sizes.sweep = tries
+
+    def begin_sweep(self) -> int | None:
+        """How many items the time budget has for each scale; None for the whole bank. Every rank takes part."""
+        return self._fit().sizes.swept()
+
+    @contextmanager
+    def pausing(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, other evaluation goes on: it neither earns nor costs time of the budget.
+
+        Args:
+            trainer: While `fit` runs.
+        """
+        with ExitStack() as stack:
+            if self._parts is not None:
+                stack.enter_context(self._parts.sizes.pausing(trainer.global_step))
+            yield
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -462,8 +494,7 @@ class ForgettingMonitor(Callback):
     def _folder(self, trainer: Trainer) -> Path | None:
         """Where files go: of several monitors that were given no folder, the first has that of the run to itself."""
         folder = run_folder(trainer, self.dirpath)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        beside = [c for c in callbacks if isinstance(c, ForgettingMonitor) and c.dirpath is None]
+        beside = [monitor for monitor in monitors_of(trainer) if monitor.dirpath is None]
         number = next((i for i, other in enumerate(beside) if other is self), 0)
         if getattr(trainer, "fast_dev_run", False):
             return None
@@ -478,6 +509,7 @@ class ForgettingMonitor(Callback):
     def _look_if_time(self, trainer: Trainer) -> dict[str, float]:
         """A look as large as the time budget allows, and what it logs; nothing where it allows none."""
         step, end, sizes = trainer.global_step, self._length.steps, self._fit().sizes
+        self._time(trainer)
         items, observe = sizes.look(step, end)
         metrics = {} if items == 0 else self._look(trainer, items, observe).metrics()
         if sizes.budget is not None and not self.schedule:
@@ -487,20 +519,29 @@ class ForgettingMonitor(Callback):
     def _look(self, trainer: Trainer, items: int | None, observe: bool) -> Report:
         parts, step = self._fit(), trainer.global_step
         after = self.schedule.looks_left(step, self._length) if self.schedule or parts.sizes.budget is None else None
-        with parts.sizes.spending(step, parts.sizes.look_passes(items)), together("look at forgetting", TaskError):
+        passes = parts.sizes.look_passes(items)
+        with self._spending(trainer, passes), together("look at forgetting", TaskError):
             report = parts.monitor.look(self._scorer(), step, None if after is None else after + 1, items, observe)
         return self._told(trainer, report)
 
-    def _verdict(self, trainer: Trainer) -> None:
-        parts, step = self._fit(), trainer.global_step
-        last = parts.response.outcome is not None or not parts.response.changes_adapters
+    def _verdict(self, trainer: Trainer, changed: bool) -> None:
+        parts, step, outcome = self._fit(), trainer.global_step, self.outcome
+        last = outcome is not None or not parts.response.changes_adapters
+        self._time(trainer)
         items, observe = parts.sizes.verdict(last)
         if items == 0:
             share = self.max_time_fraction
-            notice(f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}.")
+            text = f"Forgetting: the run was too short for a verdict within `max_time_fraction`={share}."
+            newest = self.report
+            if newest is not None and (changed or (outcome is not None and "holds" in outcome)):
+                text += (
+                    f" The adapters have been changed since the {newest.kind} of step {newest.step}: `monitor.report` "
+                    f"is that one, of adapters that are no longer there."
+                )
+            notice(text)
             return
         passes = 0 if parts.sizes.budget is None else parts.sizes.verdict_passes(items)
-        with parts.sizes.spending(step, passes), together("look at forgetting", TaskError):
+        with self._spending(trainer, passes), together("look at forgetting", TaskError):
             report = parts.monitor.verdict(self._scorer(), step, items, observe)
         self._told(trainer, report)
 
@@ -510,7 +551,7 @@ class ForgettingMonitor(Callback):
         rank_zero_info(report.summary())
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=report.step)
-        with parts.sizes.spending(report.step):
+        with self._spending(trainer):
             at_once = report.kind == "verdict" or not held_until(trainer)
             text, stops = parts.response.hear(self._scorer(), report, at_once)
         if stops:
@@ -519,6 +560,25 @@ class ForgettingMonitor(Callback):
         if text:
             notice(text)
         return parts.monitor.history[-1]
+
+    def _time(self, trainer: Trainer) -> None:
+        """Know better what items cost, where there is a time budget and time for it."""
+        with self._aside(trainer), together("time a pass", TaskError):
+            self._fit().sizes.time(self._scorer(), trainer.global_step)
+
+    @contextmanager
+    def _spending(self, trainer: Trainer, passes: int = 0) -> Iterator[None]:
+        """Inside, this monitor's budget is spent, and the other ones' earn nothing."""
+        with self._aside(trainer), self._fit().sizes.spending(trainer.global_step, passes):
+            yield
+
+    @contextmanager
+    def _aside(self, trainer: Trainer) -> Iterator[None]:
+        with ExitStack() as stack:
+            for other in monitors_of(trainer):
+                if other is not self:
+                    stack.enter_context(other.pausing(trainer))
+            yield
 
     def _fit(self) -> _Parts:
         if self._parts is None:
@@ -530,3 +590,9 @@ class ForgettingMonitor(Callback):
         if scorer is None:
             raise ConfigError("ForgettingMonitor looks only while `fit` runs.")
         return scorer
+
+
+def monitors_of(trainer: Trainer) -> list[ForgettingMonitor]:
+    """The Trainer's monitors, in their order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ForgettingMonitor)]

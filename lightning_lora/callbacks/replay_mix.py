@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.forgetting.arguments import check_counts, check_real, check_seed
 from lightning_lora.io.mixed_loader import Replay, is_general, mixed
 from lightning_lora.io.resumable import resumable
 
@@ -48,10 +49,9 @@ class ReplayMix(Callback):
 
     def __init__(self, data: Any, share: float = 0.05, batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(share, int | float) or not 0.0 <= share < 1.0:
-            raise ConfigError(f"`share` is the part of all batches that is general, in [0, 1): got {share!r}.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ConfigError(f"`batch_size` must be a whole number of 1 or more, or None: got {batch_size!r}.")
+        check_real("share", share, below=1.0)
+        check_counts(none_too=True, batch_size=batch_size)
+        check_seed(seed)
         self.data = data
         self.share = share
         self.batch_size = batch_size

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,11 @@ from typing_extensions import override
 
 from lightning_lora.callbacks.aside import is_of_run, validate_aside
 from lightning_lora.callbacks.ending import renew_checkpoints
-from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor, monitors_of
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.callbacks.place import run_folder
 from lightning_lora.errors import ConfigError, Notice, WriteError
-from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels
+from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels, check_metric
 from lightning_lora.forgetting.remedies import holds
 from lightning_lora.forgetting.scales import SHAPES, at_scale, multiply_scale
 from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
@@ -59,13 +60,15 @@ class ScaleSweep(Callback):
         sweep.result.scale
 
     Args:
-        scales: Shares of the adapter to try, each in [0, 1]; 1 is always among them, 0 is the base and never kept.
+        scales: Shares of the adapter to try, each in [0, 1] and at least one between; 1 is always among them,
+            0 is the base and never kept.
         monitor: Name of the target metric, as validation logs it.
         mode: "min" or "max", which of its values are better.
         shape: "uniform" multiplies all layers alike; "linear" in depth keeps all of the last block's adapter and the
             scale of the first one's (LiNeS).
         tolerance: A drop of accuracy that is nobody's concern; None for that of the `ForgettingMonitor`.
-        items: How many items to compare at each scale; None for the whole bank.
+        items: How many items to compare at each scale; None for the whole bank, or for as many as there is time for
+            within the `ForgettingMonitor`'s ``max_time_fraction``.
         dirpath: Folder for ``scale_sweep.json``, the whole curve, and its plot (with matplotlib); None for the logger's
             folder, or the Trainer's ``default_root_dir`` without one.
         tasks: Tasks of its own, given as to `ForgettingMonitor`; None for those of the one in the Trainer.
@@ -101,7 +104,8 @@ class ScaleSweep(Callback):
         check_choice("shape", shape, SHAPES)
         check_levels(0.0 if tolerance is None else tolerance, 0.05)
         check_counts(none_too=True, items=items)
-        self.scales = check_scales(scales)
+        check_metric("monitor", monitor)
+        self.scales = check_scales(scales, between=True)
         self.monitor, self.mode, self.shape = monitor, mode, shape
         self.tolerance, self.items, self.dirpath = tolerance, items, dirpath
         #: The curve and what was kept; None before the end of training. A checkpoint of what was kept holds it.
@@ -136,6 +140,8 @@ class ScaleSweep(Callback):
                 f"module a `validation_step` and the Trainer validation data, and leave `limit_val_batches` above 0."
             )
         self._check_company(trainer)
+        for monitor in monitors_of(trainer):
+            monitor.expect_sweep(len(self.scales) if self._own is None else 0)
         if self._own is not None:
             self._own.on_fit_start(trainer, pl_module)
 
@@ -164,7 +170,13 @@ class ScaleSweep(Callback):
             return
         bank = self._bank(trainer)
         tolerance = bank.tolerance if self.tolerance is None else self.tolerance
-        points = [self._measure(trainer, bank, scale, tolerance) for scale in self.scales]
+        monitors = monitors_of(trainer)
+        within = [monitor.begin_sweep() for monitor in monitors]
+        items = within[0] if self._own is None and self.items is None else self.items
+        with ExitStack() as stack:
+            for monitor in monitors:
+                stack.enter_context(monitor.pausing(trainer))
+            points = [self._measure(trainer, bank, scale, tolerance, items) for scale in self.scales]
         scale, held = from_rank_zero(choose_scale(points, self.mode))
         self.result = Sweep(
             points, scale, held, self.shape, self.monitor, self.mode, tolerance, step=trainer.global_step
@@ -172,8 +184,8 @@ class ScaleSweep(Callback):
         multiply_scale(pl_module, scale, self.shape)
         self._tell(trainer, self.result)
         if scale != 1.0:
-            for monitor in _monitors(trainer):
-                monitor.conclude(trainer)  # its verdict was on all of the adapter
+            for monitor in monitors:
+                monitor.conclude(trainer, changed=True)  # its verdict was on all of the adapter
             renew_checkpoints(trainer)
 
     @override
@@ -201,7 +213,9 @@ class ScaleSweep(Callback):
         if self._own is not None:
             self._own.teardown(trainer, pl_module, stage)
 
-    def _measure(self, trainer: Trainer, bank: ForgettingMonitor, scale: float, tolerance: float) -> ScalePoint:
+    def _measure(
+        self, trainer: Trainer, bank: ForgettingMonitor, scale: float, tolerance: float, items: int | None
+    ) -> ScalePoint:
         with at_scale(trainer.lightning_module, scale, self.shape):
             metrics = validate_aside(trainer)
             if self.monitor not in metrics:
@@ -209,16 +223,17 @@ class ScaleSweep(Callback):
                 raise ConfigError(
                     f"ScaleSweep: validation logs no `{self.monitor}`; it logs {logged}. Name one of them in `monitor`."
                 )
-            pooled, tasks = bank.compare(self.items)
+            pooled, tasks = bank.compare(items)
         return ScalePoint(scale, _over_ranks(metrics[self.monitor]), pooled, tasks, holds(pooled, tasks, tolerance))
 
     def _bank(self, trainer: Trainer) -> ForgettingMonitor:
         """Whose tasks are asked: the own ones, or those of the Trainer's monitor."""
-        return self._own or _monitors(trainer)[0]
+        return self._own or monitors_of(trainer)[0]
 
     def _check_company(self, trainer: Trainer) -> None:
         """Refuse what would go wrong with other callbacks only after hours of training."""
-        callbacks, monitors = _callbacks(trainer), _monitors(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = monitors_of(trainer)
         if self._own is None and len(monitors) != 1:
             raise ConfigError(
                 f"ScaleSweep asks the tasks of the Trainer's one ForgettingMonitor, and there are {len(monitors)}: add "
@@ -278,12 +293,3 @@ def _over_ranks(value: float) -> float:
     """A metric as every rank knows it; where each has its own part's (logged without ``sync_dist``), their mean."""
     values = gather(value)
     return value if len(set(values)) == 1 else math.fsum(values) / len(values)
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    """The Trainer's callbacks in their order."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _monitors(trainer: Trainer) -> list[ForgettingMonitor]:
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, ForgettingMonitor)]

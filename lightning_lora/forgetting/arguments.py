@@ -63,6 +63,56 @@ def check_share(name: str, value: Any) -> None:
         raise ConfigError(f"`{name}` is a share of the run's time in (0, 1), such as 0.05, or None: got {value!r}.")
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ConfigError: unless it is a whole number.
+    """
+    if not _is_int(seed):
+        raise ConfigError(f"`seed` must be a whole number, such as 0: got {seed!r}.")
+
+
+def check_real(name: str, value: Any, below: float = math.inf) -> None:
+    """Refuse what is no number from 0 on.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        below: what it may not come to.
+
+    Raises:
+        ConfigError: unless 0 <= value < below.
+    """
+    if not _is_real(value) or not 0.0 <= value < below:
+        wanted = "a finite number of 0 or more" if math.isinf(below) else f"a number in [0, {below:g})"
+        raise ConfigError(f"`{name}` must be {wanted}: got {value!r}.")
+
+
+def check_metric(name: str, value: Any) -> None:
+    """Refuse what is no name of a metric.
+
+    Raises:
+        ConfigError: unless it is a text that is not empty.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConfigError(
+            f'`{name}` must be the name of a metric that validation logs, such as "val_loss": got {value!r}.'
+        )
+
+
+def as_names(name: str, values: Any) -> list[str]:
+    """Names from one or from a list of them.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    given = [values] if isinstance(values, str) else None if isinstance(values, Mapping) else _as_tuple(values)
+    if given is None or not all(isinstance(value, str) for value in given):
+        raise ConfigError(f'`{name}` must be a name or a list of names, such as ["humaneval"]: got {values!r}.')
+    return list(given)
+
+
 def as_steps(at_steps: Any) -> tuple[int, ...]:
     """Optimizer steps from a list of them.
 
@@ -110,6 +160,10 @@ def as_tasks(name: str, tasks: Any) -> list[Any]:
     given = [tasks] if isinstance(tasks, kinds) else list(tasks) if isinstance(tasks, Iterable) else None
     if given is None or not all(isinstance(task, kinds) for task in given):
         raise ConfigError(f"`{name}` must be task names, YAML paths or dicts, one or a list of them: got {tasks!r}.")
+    joined = next((task for task in given if isinstance(task, str) and "," in task and not Path(task).exists()), None)
+    if joined is not None:
+        parts = [part.strip() for part in joined.split(",")]
+        raise ConfigError(f"`{name}` takes several tasks as a list, not in one text: got {joined!r}, write {parts!r}.")
     if not given:
         raise ConfigError(f"`{name}` is empty: give at least one task name, YAML path or dict.")
     return given

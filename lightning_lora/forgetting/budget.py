@@ -6,6 +6,7 @@ Looks are paid from what training has earned by then, so the share holds whereve
 .. math:: spent \le \frac{\sigma}{1 - \sigma}\, trained \quad \iff \quad spent \le \sigma\,(trained + spent)
 
 with the share :math:`\sigma` and seconds of wall clock. Up to half of what was earned is kept back for the verdict.
+What other evaluation takes inside ``fit`` (a sweep's validation, another monitor's looks) neither earns nor costs.
 What a look will take is foretold from the looks before it, :math:`seconds = a + b \cdot passes`, one pass being one
 item scored by one model. Only time is measured: which items come, and what they say, has no part in the sizes.
 
@@ -54,13 +55,18 @@ class Budget:
         self.gauges: float | None = None
         self._clock = clock
         self._trained, self._steps = 0.0, 0
-        self._since, self._since_step = clock(), 0
+        self._since: float | None = None  # while training goes on: since when it was not counted in yet
+        self._since_step = 0
+        #: What the first look took, which found everything cold; None before [s].
+        self.first: float | None = None
+        #: Whether a pass was timed after the cold one.
+        self.is_warm = False
         self._observed: deque[tuple[int, float]] = deque(maxlen=6)
 
     @property
     def trained(self) -> float:
         """Seconds of training so far, over all fits of the run [s]."""
-        return self._trained + self._clock() - self._since
+        return self._trained + (0.0 if self._since is None else self._clock() - self._since)
 
     @property
     def balance(self) -> float:
@@ -88,15 +94,31 @@ class Budget:
             passes: items to be scored, each once for every model that is asked; 0 where this says nothing of looks.
         """
         start = self._clock()
-        self._trained += start - self._since
-        self._steps += step - self._since_step
+        try:
+            with self.pausing(step):
+                yield
+        finally:
+            seconds = self._clock() - start
+            self.spent += seconds
+            if passes:
+                self.note(passes, seconds)
+
+    @contextmanager
+    def pausing(self, step: int) -> Iterator[None]:
+        """Inside, nothing is earned; what is spent inside counts.
+
+        Args:
+            step: optimizer steps taken.
+        """
+        went_on = self._since is not None
+        self._trained = self.trained
+        self._steps += step - self._since_step if went_on else 0
+        self._since, self._since_step = None, step
         try:
             yield
         finally:
-            self.begin(step)
-            self.spent += self._since - start
-            if passes:
-                self.note(passes, self._since - start)
+            if went_on:
+                self.begin(step)
 
     def note(self, passes: int, seconds: float) -> None:
         """Remember how long a look took.
@@ -106,54 +128,66 @@ class Budget:
             seconds: how long that took, gauges left out [s].
         """
         self._observed.append((passes, seconds))
+        self.first = seconds if self.first is None else self.first
+
+    @property
+    def largest_timed(self) -> int:
+        """Passes of the largest look that is remembered."""
+        return max((passes for passes, _ in self._observed), default=0)
+
+    @property
+    def for_timing(self) -> float:
+        """What timing passes may take: as much as the first look did on credit, or part of what there is [s]."""
+        return max(self.first or 0.0, CAUTION * self.balance / 4)
+
+    def forget_cold(self) -> None:
+        """Foretell nothing from what was timed so far: what comes is warm."""
+        self._observed.clear()
+        self.is_warm = True
 
     @property
     def gauge_cost(self) -> float:
         """What gauges are going to take; infinite before the first look [s]."""
         if self.gauges is None:
-            return GAUGES * self._observed[0][1] if self._observed else math.inf
+            return math.inf if self.first is None else GAUGES * self.first
         return self.gauges
 
-    def cost(self, passes: int, early: bool = False) -> float:
+    def cost(self, passes: int) -> float:
         """What so many passes are going to take, by the looks so far; infinite before the first [s].
 
-        A line through the newest looks. Where they show none, as the first one is slow for its size, time is taken to
-        grow with the passes.
+        A line through the newest looks. A pass beyond the largest of them is taken to cost at least half of what one
+        cost in it on average, and all of it where the looks show no line: two short times can differ by anything.
 
         Args:
             passes: items to be scored, each once for every model that is asked.
-            early: whether the first look alone may be taken to have been fixed costs for three quarters. It is small,
-                so it mostly is; what this gets wrong is paid back before the look after.
         """
         if not self._observed:
             return math.inf
         n = len(self._observed)
-        if early and n == 1:
-            ((first, seconds),) = self._observed
-            return seconds * (0.75 + 0.25 * max(1.0, passes / first))
         mean_p = sum(p for p, _ in self._observed) / n
         mean_s = sum(s for _, s in self._observed) / n
         spread = sum((p - mean_p) ** 2 for p, _ in self._observed)
         slope = sum((p - mean_p) * (s - mean_s) for p, s in self._observed) / spread if spread else 0.0
         fixed = mean_s - slope * mean_p
+        largest, seconds = max(self._observed)
         if slope <= 0.0:
-            return mean_s * max(1.0, passes / min(p for p, _ in self._observed))
+            return mean_s + seconds / largest * max(0, passes - largest)
         if fixed < 0.0:
             return max(s / p for p, s in self._observed) * passes
-        return fixed + slope * passes
+        beyond = max(slope, seconds / largest / 2)
+        return fixed + slope * min(passes, largest) + beyond * max(0, passes - largest)
 
-    def largest(self, passes: Callable[[int], int], most: int, seconds: float, early: bool = False) -> int:
+    def largest(self, passes: Callable[[int], int], most: int, seconds: float) -> int:
         """The largest number of items that so many seconds hold; 0 when they do not hold `FEWEST`.
 
         Args:
             passes: passes that so many items need; it does not fall.
             most: items that are wanted.
             seconds: how long it may take [s].
-            early: as `cost` takes it.
         """
 
         def fits(items: int) -> bool:
-            return self.cost(passes(items), early) <= CAUTION * seconds
+            return self.cost(passes(items)) <= CAUTION * seconds
 
         low, high = min(FEWEST, most), most
         if not fits(low):
@@ -201,6 +235,8 @@ class Budget:
             "since_step": self._since_step,
             "next_step": self.next_step,
             "gauges": self.gauges,
+            "first": self.first,
+            "is_warm": self.is_warm,
             "observed": [list(seen) for seen in self._observed],
         }
 
@@ -214,6 +250,7 @@ class Budget:
         self.spent, self._trained = state["spent"], state["trained"]
         self._steps = state["steps"] + step - state["since_step"]
         self.next_step, self.gauges = state["next_step"], state["gauges"]
+        self.first, self.is_warm = state["first"], state["is_warm"]
         self._observed.clear()
         self._observed.extend((int(p), float(s)) for p, s in state["observed"])
         self.begin(step)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_lora.forgetting import statistics
+from lightning_lora.forgetting.budget import FEWEST
 from lightning_lora.forgetting.scoring import ItemScore
 from lightning_lora.forgetting.tasks import POOLED
 
@@ -116,7 +117,7 @@ class Report:
     def summary(self) -> str:
         """One line for people."""
         parts = [
-            f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f} +- {100 * r.delta_se:.1f})"
+            f"{name} {100 * r.acc_base:.1f} -> {100 * r.acc:.1f} % ({100 * r.delta:+.1f}{_error(r)})"
             for name, r in ({**self.tasks, POOLED: self.pooled} if len(self.tasks) > 1 else self.tasks).items()
         ]
         part = f" ({self.left_out:,} items of the bank left out: beyond the time budget)" if self.left_out else ""
@@ -124,6 +125,13 @@ class Report:
             f"forgetting, {self.kind} at step {self.step}{part}: {'; '.join(parts)}, e-value {self.e_value:.3g} "
             f"[{self.seconds:.1f} s]"
         )
+
+
+def _error(found: TaskReport) -> str:
+    """The standard error in points; of a handful of items their number, from which none can be had."""
+    if found.n_items < FEWEST:
+        return f", {found.n_items} item{'s' * (found.n_items > 1)}"
+    return f" +- {100 * found.delta_se:.1f}"
 
 
 def compare(model: Sequence[ItemScore], base: Sequence[ItemScore]) -> TaskReport:

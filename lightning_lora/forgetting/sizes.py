@@ -11,7 +11,11 @@ from contextlib import contextmanager
 
 from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
 from lightning_lora.forgetting.monitor import Monitor
+from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.ranks import from_rank_zero
+
+#: After one item, passes over so many are timed: two sizes make a line.
+WARM = (2, FEWEST)
 
 
 class Sizes:
@@ -28,8 +32,34 @@ class Sizes:
         self.monitor = monitor
         self.budget = budget
         self.tries = tries
-        # A remedy is followed by a second verdict where there was one.
-        self.at_end = (1 + bool(tries)) * verdict + tries
+        self._verdict = verdict
+        #: Candidates of a sweep of scales that comes after the verdict; None without one.
+        self.sweep: int | None = None
+
+    @property
+    def at_end(self) -> int:
+        """How many times the bank is to be asked when training ends.
+
+        A remedy, and a sweep that changes the adapters, is followed by a verdict of its own where there is one.
+        """
+        return (1 + bool(self.tries)) * self._verdict + self.tries + self._of_sweep
+
+    @property
+    def _of_sweep(self) -> int:
+        return 0 if self.sweep is None else self._verdict + self.sweep
+
+    @contextmanager
+    def pausing(self, step: int) -> Iterator[None]:
+        """Inside, the budget earns nothing: other evaluation than the monitor's goes on.
+
+        Args:
+            step: optimizer steps taken.
+        """
+        if self.budget is None:
+            yield
+            return
+        with self.budget.pausing(step):
+            yield
 
     @contextmanager
     def spending(self, step: int, passes: int = 0) -> Iterator[None]:
@@ -88,6 +118,45 @@ class Sizes:
             self._with_gauges(self.look_passes, self.monitor.bank.items_per_look, self.budget.for_look(self._reserve()))
         )
 
+    def time(self, scorer: Scorer, step: int) -> None:
+        """Time warm passes over the next items of the bank: the first look is one item, and found everything cold.
+
+        One item of each task at first, then more of them as soon as there is time for it (`Budget.for_timing`), each
+        size once. The answers are thrown away: no item counts as taken, and nothing is decided by them. Every rank
+        takes part.
+
+        Args:
+            scorer: the model.
+            step: optimizer steps taken.
+        """
+        budget = self.budget
+        if budget is None:
+            return
+        if not budget.is_warm:
+            if budget.first is None:
+                self._time(scorer, step, 1)
+            budget.forget_cold()
+            self._time(scorer, step, 1)
+        for items in WARM:
+            more = self._ahead_passes(items)
+            if more > budget.largest_timed and from_rank_zero(budget.cost(more) <= budget.for_timing):
+                self._time(scorer, step, items)
+
+    def _time(self, scorer: Scorer, step: int, items: int) -> None:
+        groups = ((self.monitor.bank, self.monitor.pairs), (self.monitor.target_bank, self.monitor.target_pairs))
+        if self.budget is None:
+            return
+        before = self.budget.spent
+        with self.spending(step), scorer.quietly():
+            for bank, pairs in groups:
+                if bank.size:
+                    scorer.score(pairs.tasks, bank.ahead(items))
+        self.budget.note(self._ahead_passes(items), self.budget.spent - before)
+
+    def _ahead_passes(self, items: int) -> int:
+        """Passes of one model over the next items."""
+        return self.look_passes(items) // 2
+
     def verdict(self, last: bool) -> tuple[int | None, bool]:
         """Items of the verdict, 0 for none, and whether there is time for gauges.
 
@@ -97,22 +166,32 @@ class Sizes:
         if self.budget is None:
             return None, True
         size = max(self.monitor.bank.size, self.monitor.target_bank.size)
-        seconds = self.budget.balance / (1 if last else max(1, self.at_end))
-        return from_rank_zero(self._with_gauges(self.verdict_passes, size, seconds, early=False))
+        seconds = self.budget.balance / (1 + self._of_sweep if last else max(1, self.at_end))
+        return from_rank_zero(self._with_gauges(self.verdict_passes, size, seconds))
 
     def remedy(self) -> int | None:
-        """Items on which a remedy's candidates must hold.
+        """Items on which a remedy's candidates must hold; None for the whole bank."""
+        return self._candidates(self.tries, self.at_end)
 
-        As many as leave the verdict after it its share; where those would be fewer than a look's, the remedy comes
+    def swept(self) -> int | None:
+        """Items at each scale of the sweep that begins now; None for the whole bank. It is no longer to come."""
+        tries, to_come = self.sweep or 0, self._of_sweep
+        self.sweep = None
+        return self._candidates(tries, to_come)
+
+    def _candidates(self, tries: int, to_come: int) -> int | None:
+        """Items that each of so many candidates is compared on.
+
+        As many as leave the verdict after them its share; where those would be fewer than a look's, the candidates come
         first. A handful is taken even where the budget has no time for it: it is done once, and not on nothing.
         """
         if self.budget is None:
             return None
         bank, seconds = self.monitor.bank, self.budget.balance
         look = min(bank.size, bank.items_per_look)
-        found = self.budget.largest(self.verdict_passes, bank.size, seconds / self.at_end)
+        found = self.budget.largest(self.verdict_passes, bank.size, seconds / max(1, to_come))
         if found < look:
-            found = self.budget.largest(self.verdict_passes, look, seconds / self.tries)
+            found = self.budget.largest(self.verdict_passes, look, seconds / max(1, tries))
         return from_rank_zero(max(found, min(bank.size, FEWEST)))
 
     def plan(self, step: int, end: int | None) -> None:
@@ -136,12 +215,10 @@ class Sizes:
     def _gauge_cost(self) -> float:
         return self.budget.gauge_cost if self.budget is not None and self.monitor.observers else 0.0
 
-    def _with_gauges(
-        self, passes: Callable[[int], int], most: int, seconds: float, early: bool = True
-    ) -> tuple[int, bool]:
+    def _with_gauges(self, passes: Callable[[int], int], most: int, seconds: float) -> tuple[int, bool]:
         """How many items so many seconds hold; gauges are left out where they would halve them."""
         if self.budget is None:
             return most, True
-        items = self.budget.largest(passes, most, seconds, early)
-        beside = self.budget.largest(passes, most, seconds - self._gauge_cost / CAUTION, early)
+        items = self.budget.largest(passes, most, seconds)
+        beside = self.budget.largest(passes, most, seconds - self._gauge_cost / CAUTION)
         return (beside, True) if beside and 2 * beside >= items else (items, False)

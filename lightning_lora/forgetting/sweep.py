@@ -8,7 +8,7 @@ with its base against forgetting: Y. Lin et al., "Mitigating the Alignment Tax o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -114,13 +114,27 @@ def choose_scale(points: Sequence[ScalePoint], mode: str) -> tuple[float, bool]:
     return smallest.scale, smallest.holds
 
 
-def check_scales(scales: Sequence[float]) -> list[float]:
+def check_scales(scales: Sequence[float], between: bool = False) -> list[float]:
     """The scales in order, 1 among them.
 
+    Args:
+        scales: to try.
+        between: whether something must be left to choose, at least one scale between 0 and 1.
+
     Raises:
-        ConfigError: for a scale outside [0, 1].
+        ConfigError: for anything but a list of numbers in [0, 1].
     """
-    wrong = [x for x in scales if isinstance(x, bool) or not isinstance(x, int | float) or not 0.0 <= x <= 1.0]
+    given = None if isinstance(scales, str) or not isinstance(scales, Iterable) else list(scales)
+    if given is None:
+        raise ConfigError(
+            f"`scales` must be a list of shares of the adapter, such as [0.25, 0.5, 0.75]: got {scales!r}."
+        )
+    wrong = [x for x in given if isinstance(x, bool) or not isinstance(x, int | float) or not 0.0 <= x <= 1.0]
     if wrong:
         raise ConfigError(f"`scales` are shares of the adapter, each in [0, 1]: got {wrong}.")
-    return sorted({1.0, *map(float, scales)})
+    if between and not any(0.0 < x < 1.0 for x in given):
+        raise ConfigError(
+            f"`scales` must hold at least one share between 0 and 1, such as 0.5, or nothing could be kept but all of "
+            f"the adapter: got {given}."
+        )
+    return sorted({1.0, *map(float, given)})

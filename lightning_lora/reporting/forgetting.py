@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_lora.errors import ConfigError, MissingDependencyError
+from lightning_lora.forgetting.budget import FEWEST
 from lightning_lora.forgetting.report import Report
 from lightning_lora.forgetting.tasks import POOLED
 
@@ -40,7 +41,8 @@ def plot_forgetting(
         fig.savefig("forgetting.png")
 
     Args:
-        history: reports, or what their ``to_dict`` gave. Looks at few items have wide bars; the verdict, drawn last
+        history: reports, or what their ``to_dict`` gave. Looks at few items have wide bars, and those at fewer than
+            `FEWEST` are left out where there are others; the verdict, drawn last
             with a large filled marker, stands for a look at the same step.
         learned: the target metric at optimizer steps; looks at other steps are left out.
         learned_label: what ``learned`` holds, with its unit.
@@ -61,6 +63,7 @@ def plot_forgetting(
             f"`history` has no look to draw: {len(reports)} reports"
             + ("." if learned is None else f", none at a step of `learned` ({sorted(learned)}).")
         )
+    drawn = [r for r in drawn if r.pooled.n_items >= FEWEST] or drawn  # a budget's first look is one item
     figure, ax = axes_for(ax, (7.0, 4.2))
     names = list(dict.fromkeys(name for report in drawn for name in report.tasks))
     for name in [*names, POOLED] if len(names) > 1 else names:
@@ -117,7 +120,7 @@ def _draw(ax: Axes, name: str, reports: Sequence[Report], learned: Mapping[int, 
     points = [(r, r.pooled if name == POOLED else r.tasks[name]) for r in reports if name in (POOLED, *r.tasks)]
     x = [r.step if learned is None else learned[r.step] for r, _ in points]
     y = [100 * found.delta for _, found in points]
-    error = [100 * Z95 * found.delta_se for _, found in points]
+    error = [100 * Z95 * found.delta_se if found.n_items >= FEWEST else np.nan for _, found in points]
     heavy = name == POOLED
     style: dict[str, Any] = {"color": "black", "linewidth": 2.0} if heavy else {"linewidth": 1.2}
     line = ax.errorbar(

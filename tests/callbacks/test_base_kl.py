@@ -273,3 +273,15 @@ def test_gradient_in_float16_is_lost_neither_before_the_scale_of_the_loss_nor_by
 def test_divergence_of_the_same_is_nothing() -> None:
     logits = tiny_llama()(torch.arange(8)[None]).logits[0].detach()
     assert float(kl_sum(logits, logits.clone(), None, torch.arange(8))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [({"weight": True}, "`weight` must be a finite number of 0 or more: got True"),
+     ({"weight": float("inf")}, "`weight` must be a finite number of 0 or more: got inf"),
+     ({"every_n_steps": 0}, "`every_n_steps` must be 1 or more: got 0"),
+     ({"every_n_steps": True}, "`every_n_steps` must be a whole number: got True")],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(kwargs: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        BaseKL(**kwargs)

@@ -60,13 +60,16 @@ def fit(monitor: ForgettingMonitor, *callbacks: L.Callback, ckpt: str | None = N
 
 
 @by_the_clock
-@pytest.mark.parametrize("steps", [20, 200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_share_of_wall_time_stays_within_the_budget(task: str, steps: int) -> None:
-    """One budget, and runs of which each is ten times as long as the one before."""
-    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.2)
+@pytest.mark.parametrize(
+    ("steps", "share"), [(20, 0.2), (200, 0.2), (200, 0.05), pytest.param(2000, 0.2, marks=pytest.mark.slow)]
+)
+def test_share_of_wall_time_stays_within_the_budget(task: str, steps: int, share: float) -> None:
+    """Runs of which each is ten times as long as the one before, and a small budget."""
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=share)
     seconds = fit(monitor, max_steps=steps)
+    ledger = monitor.state_dict()["budget"]
     spent = sum(report.seconds for report in monitor.history)
-    assert spent / seconds <= 0.2
+    assert spent < ledger["spent"] <= share * seconds  # what is written and logged is in the ledger too
     looks = [r for r in monitor.history if r.kind == "look"]
     assert looks[0].step == 0
     assert looks[0].pooled.n_items == 1
@@ -74,12 +77,59 @@ def test_share_of_wall_time_stays_within_the_budget(task: str, steps: int) -> No
     assert verdict is not None
     if steps >= 200:
         assert verdict.kind == "verdict"
-        assert len(looks) >= 2
         assert verdict.pooled.n_items + verdict.left_out == 600
+        assert verdict.pooled.n_items >= 8
+        assert len(looks) >= (2 if share == 0.2 else 1)
         assert all(1 <= r.pooled.n_items <= 250 for r in looks)
     if steps == 2000:
         assert verdict.left_out == 0
         assert spent / seconds > 0.05
+
+
+class Other(L.Callback):
+    """Something else that evaluates: when training begins, in the middle and at its end."""
+
+    def __init__(self, monitor: ForgettingMonitor) -> None:
+        self.monitor = monitor
+        self.balances: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 5:
+            self._compare()
+
+    def on_train_end(self, *args: Any) -> None:
+        self._compare()
+
+    def _compare(self) -> None:
+        before = self.monitor.state_dict()["budget"]
+        start = time.perf_counter()
+        self.monitor.compare(200)
+        took, after = time.perf_counter() - start, self.monitor.state_dict()["budget"]
+        self.balances.append((after["spent"] - before["spent"]) / took)
+        assert after["trained"] - before["trained"] < 0.1 * took
+
+
+def test_what_is_compared_by_hand_is_spent_and_earns_nothing(task: str) -> None:
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.2, gauges=False, on_fit_end=False)
+    other = Other(monitor)
+    fit(monitor, other, max_steps=8)
+    assert other.balances == pytest.approx([1.0, 1.0], abs=0.1)
+
+
+def test_another_monitors_looks_earn_nothing(task: str) -> None:
+    held = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.2, gauges=False)
+    free = ForgettingMonitor(task, tiny.tokenizer(), every_n_steps=4, items_per_eval=150, seed=1, gauges=False)
+    seconds = fit(free, held, max_steps=16)
+    ledger, looks = held.state_dict()["budget"], sum(report.seconds for report in free.history)
+    assert looks > 0.3
+    assert ledger["trained"] + ledger["spent"] + looks <= seconds
+
+
+def test_without_a_look_at_the_start_there_are_looks_too(task: str) -> None:
+    monitor = ForgettingMonitor(task, tiny.tokenizer(), max_time_fraction=0.5, gauges=False, on_fit_start=False)
+    fit(monitor, max_steps=60)
+    assert monitor.history
+    assert monitor.history[0].step > 0
 
 
 class Breaks(L.Callback):

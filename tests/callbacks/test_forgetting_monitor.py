@@ -440,6 +440,12 @@ def test_a_model_without_adapters_is_refused(folder: Path, tokenizer: Any) -> No
         ({"at_fractions": [0, 0.5, 2, "1"]}, ConfigError, "above 0, up to 1: got \\[0, 2, '1'\\]"),
         ({"tolerance": "1"}, ConfigError, "`tolerance`.*got '1'"),
         ({"alpha": None}, ConfigError, "`alpha`.*got None"),
+        ({"tasks": "a,b"}, ConfigError, "`tasks` takes several tasks as a list.*got 'a,b', write \\['a', 'b'\\]"),
+        ({"target_tasks": ["a, b"]}, ConfigError, "`target_tasks` takes several tasks as a list.*got 'a, b'"),
+        ({"allow_code": True}, ConfigError, "`allow_code` must be a name or a list of names.*got True"),
+        ({"allow_code": [1]}, ConfigError, "`allow_code` must be a name or a list of names.*got \\[1\\]"),
+        ({"seed": "x"}, ConfigError, "`seed` must be a whole number, such as 0: got 'x'"),
+        ({"target_metric": None}, ConfigError, "`target_metric` must be the name of a metric.*got None"),
         ({"on_fit_start": False, "on_fit_end": False}, ConfigError, "would never look. Set `every_n_steps`"),
     ],
 )

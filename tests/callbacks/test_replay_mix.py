@@ -176,7 +176,10 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     for kwargs, text in [
         ({"share": 1.0}, "`share`"),
         ({"share": -0.1}, "`share`"),
-        ({"batch_size": 0}, "`batch_size`"),
+        ({"share": True}, r"`share` must be a number in \[0, 1\): got True"),
+        ({"batch_size": 0}, "`batch_size` must be 1 or more: got 0"),
+        ({"batch_size": True}, "`batch_size` must be a whole number or None: got True"),
+        ({"seed": "x"}, "`seed` must be a whole number, such as 0: got 'x'"),
     ]:
         with pytest.raises(ConfigError, match=text):
             ReplayMix(GENERAL, **kwargs)

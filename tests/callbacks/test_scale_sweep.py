@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def watch(task: str, **kwargs: Any) -> ForgettingMonitor:
 
 
 def fit(
-    folder: Path, callbacks: list[L.Callback], lr: float = 0.01, ckpt_path: str | None = None, **kwargs: Any
+    folder: Path,
+    callbacks: list[L.Callback],
+    lr: float = 0.01,
+    ckpt_path: str | None = None,
+    student: tiny.Student | None = None,
+    **kwargs: Any,
 ) -> tuple[L.Trainer, tiny.Student]:
     L.seed_everything(7)
     values: dict[str, Any] = {"devices": 1, "max_steps": 6, "val_check_interval": 3, "logger": False}
@@ -63,7 +69,7 @@ def fit(
         accelerator="cpu", default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, callbacks=[LoRA(r=4), *callbacks], **{**values, **kwargs},
     )  # fmt: skip
-    student = tiny.Student(lr=lr)
+    student = student or tiny.Student(lr=lr)
     trainer.fit(student, tiny.loader(), tiny.loader(8), ckpt_path=ckpt_path)
     return trainer, student
 
@@ -226,6 +232,46 @@ def test_linear_in_depth_keeps_the_last_block_and_scales_the_first(known: str, t
     assert strengths == {"0": 0.25, "1": 1.0}
 
 
+class Slow(tiny.Student):
+    """Takes a fixed time for a step and for a batch of validation."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(0.02)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if self.trainer.state.fn == "validate":
+            time.sleep(0.1)
+        self.log("val_loss", super().training_step(batch, batch_idx))
+
+
+def test_a_sweep_is_held_to_the_monitors_time_budget(known: str, tmp_path: Path) -> None:
+    """Its validation neither earns nor costs, its comparisons leave the second verdict something."""
+    monitor = watch(known, max_time_fraction=0.3, gauges=False)
+    sweep, begun = ScaleSweep((0.1, 0.2, 0.3), dirpath=tmp_path, tolerance=0.0), time.perf_counter()
+    fit(tmp_path, [monitor, sweep], student=Slow(lr=0.5), max_steps=40, val_check_interval=16)
+    seconds, ledger = time.perf_counter() - begun, monitor.state_dict()["budget"]
+    assert sweep.result is not None
+    assert sweep.result.scale < 1.0
+    (items,) = {p.pooled.n_items for p in sweep.result.points}
+    assert 8 <= items <= 40
+    assert ledger["trained"] < seconds - 4 * 2 * 0.1  # four scales, two batches each
+    assert ledger["spent"] <= 0.3 * (ledger["spent"] + ledger["trained"])
+
+
+def test_a_verdict_that_has_to_be_left_out_after_a_sweep_is_said(known: str, tmp_path: Path) -> None:
+    monitor = watch(known, max_time_fraction=0.001, gauges=False, at_steps=[1])
+    sweep = ScaleSweep((0.1,), dirpath=tmp_path, tolerance=0.0, items=40)
+    monitor.look_at_start = True
+    with (
+        pytest.warns(Notice, match=r"too short for a verdict.*been changed since the look of step 0.*no longer there"),
+        pytest.warns(Notice, match="at no scale above 0"),
+    ):
+        fit(tmp_path, [monitor, sweep])
+    assert sweep.result is not None
+    assert {p.pooled.n_items for p in sweep.result.points} == {40}
+
+
 def test_tasks_of_its_own_need_no_monitor(known: str, tmp_path: Path) -> None:
     sweep = ScaleSweep((0.5,), tasks=known, tokenizer=tiny.tokenizer(), items=10, tolerance=0.99, mode="max")
     fit(tmp_path, [sweep])
@@ -251,6 +297,14 @@ def test_scales_multiply_what_the_adapters_had(known: str, tmp_path: Path) -> No
 def test_what_cannot_work_is_refused_before_training(known: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scales"):
         ScaleSweep((2.0,))
+    for alone in ((), (0,), (0.0, 1.0)):
+        with pytest.raises(ConfigError, match="`scales` must hold at least one share between 0 and 1, such as 0.5"):
+            ScaleSweep(alone)
+    for wrong in (0.5, "0.5", None):
+        with pytest.raises(ConfigError, match=r"`scales` must be a list of shares.*such as \[0.25, 0.5, 0.75\]: got"):
+            ScaleSweep(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match='`monitor` must be the name of a metric.*"val_loss": got 3'):
+        ScaleSweep(monitor=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="shape"):
         ScaleSweep(shape="cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="mode"):

@@ -19,7 +19,7 @@ from lightning_lora.forgetting.budget import CAUTION, FEWEST, Budget
 from lightning_lora.forgetting.monitor import Monitor
 from lightning_lora.forgetting.response import TRIES, Response
 from lightning_lora.forgetting.scoring import Scorer
-from lightning_lora.forgetting.sizes import Sizes
+from lightning_lora.forgetting.sizes import WARM, Sizes
 from lightning_lora.forgetting.tasks import POOLED, load_tasks
 from tests.forgetting import tiny
 
@@ -46,24 +46,37 @@ class Run:
         self.random = random.Random(0)
 
     def spend(self, step: int, items: int) -> None:
-        with self.budget.spending(step, 2 * items):
-            self.clock.now += (self.fixed + self.item * 2 * items) * self.random.uniform(1.0, 1.0 + self.noise)
+        self.time(step, 2 * items)
+
+    def time(self, step: int, passes: int) -> None:
+        with self.budget.spending(step, passes):
+            self.clock.now += (self.fixed + self.item * passes) * self.random.uniform(1.0, 1.0 + self.noise)
+
+    def warm(self, step: int) -> None:
+        for passes in WARM:
+            if passes > self.budget.largest_timed and self.budget.cost(passes) <= self.budget.for_timing:
+                self.time(step, passes)
 
     def go(self, steps: int, known: bool = True, end: int | None = None) -> float:
         """The share of the run's time that was spent."""
         budget, begun = self.budget, self.clock.now
         budget.begin(0)
         self.spend(0, 3)
+        budget.forget_cold()
+        self.time(0, 1)
+        self.warm(0)
         budget.plan(0, steps if known else None, 0.0, 0.0)
         for step in range(1, (end or steps) + 1):
             self.clock.now += self.step
             if step == budget.next_step:
+                self.warm(step)
                 reserve = budget.cost(2 * self.bank) / CAUTION
-                items = budget.largest(lambda n: 2 * n, 250, budget.for_look(reserve), early=True)
+                items = budget.largest(lambda n: 2 * n, 250, budget.for_look(reserve))
                 if items:
                     self.spend(step, items)
                     self.looks.append((step, items))
                 budget.plan(step, steps if known else None, budget.cost(500), reserve)
+        self.warm(end or steps)
         self.verdict = budget.largest(lambda n: 2 * n, self.bank, budget.balance)
         if self.verdict:
             self.spend(end or steps, self.verdict)
@@ -75,7 +88,8 @@ class Run:
 def test_share_holds_on_runs_ten_times_longer_and_shorter(steps: int, known: bool) -> None:
     run = Run(0.05, step=0.05, fixed=0.02, item=0.002, noise=0.3)
     assert 0.015 < run.go(steps, known) <= 0.05
-    assert len(run.looks) >= (4 if steps > 200 else int(known))
+    assert len(run.looks) >= (3 if steps > 200 else int(known))
+    assert run.verdict >= FEWEST
     assert all(FEWEST <= items <= 250 for _, items in run.looks)
     if steps == 20_000:
         assert run.verdict == 2000  # the whole bank
@@ -96,11 +110,11 @@ def test_share_holds_on_runs_ten_times_longer_and_shorter(steps: int, known: boo
 def test_share_holds_wherever_the_run_ends(
     share: float, steps: int, step: float, item: float, fixed: float, stop: float
 ) -> None:
-    """What the first look took is the only debt: it is made before anything was earned."""
+    """What the first look and its timing took is the only debt: it is made before anything was earned."""
     run = Run(share, step, fixed, item, noise=0.3)
     end = max(1, int(stop * steps))
     found = run.go(steps, end=end)
-    debt = (fixed + item * 6) * 1.3
+    debt = (4 * fixed + item * (6 + 1 + sum(WARM))) * 1.3
     assert found <= max(share, debt / (debt + end * step)) + 1e-9
 
 
@@ -160,10 +174,69 @@ def test_cost_is_a_line_through_the_newest_looks_or_grows_with_the_items() -> No
     assert budget.cost(5) == pytest.approx(1.0)
     assert budget.cost(20) == pytest.approx(2.0)
     spend(20, 0.5)  # the first look was slow for its size
-    assert budget.cost(100) >= 7.0
+    assert budget.cost(100) >= 2.5
+    spend(40, 0.51)  # a line by chance: what is beyond the largest look is not foretold from it
+    assert budget.cost(400) >= 0.51 + 360 * 0.51 / 40 / 2
     for passes in (50, 100, 150, 200, 250, 300):
         spend(passes, 0.1 + 0.002 * passes)
     assert budget.cost(500) == pytest.approx(1.1)
+
+
+def test_what_other_evaluation_takes_neither_earns_nor_costs() -> None:
+    clock = Clock()
+    budget = Budget(0.5, clock)
+    with budget.pausing(0):
+        clock.now += 1.0  # another monitor's first look, before this run's training has begun
+    budget.begin(0)
+    clock.now += 10.0
+    with budget.pausing(5):
+        clock.now += 100.0
+        with budget.spending(5, 4):
+            clock.now += 3.0
+        clock.now += 100.0
+        assert (budget.trained, budget.spent, budget.balance) == (10.0, 3.0, 7.0)
+    clock.now += 2.0
+    assert (budget.trained, budget.spent) == (12.0, 3.0)
+    with budget.spending(6):
+        clock.now += 1.0
+    assert (budget.trained, budget.spent) == (12.0, 4.0)
+    assert budget.state_dict()["steps"] == 6
+
+
+def test_time_for_a_sweep_and_the_verdict_after_it_is_kept(task_folder: Path, tokenizer: Any) -> None:
+    clock = Clock()
+
+    def forward(module: nn.Module, ids: Tensor) -> Tensor:
+        clock.now += 0.05 + 0.01 * len(ids)
+        return module(ids).logits
+
+    monitor = Monitor(load_tasks(str(task_folder / "known.yaml")), items_per_look=60)
+    budget = Budget(0.5, clock)
+    sizes, scorer = Sizes(monitor, budget, verdict=True, tries=0), Scorer(tiny.adapted(0.3), tokenizer, forward=forward)
+    sizes.time(scorer, 0)
+    assert monitor.bank.fresh == monitor.bank.size
+    budget.begin(0)
+    clock.now += budget.spent + 4.0 * budget.cost(sizes.verdict_passes(None)) / CAUTION
+    alone, _ = sizes.verdict(last=True)
+    sizes.sweep = 5
+    first, _ = sizes.verdict(last=True)
+    assert alone == monitor.bank.size
+    assert 0 < first < alone
+    before = budget.balance
+    with sizes.spending(0, sizes.verdict_passes(first)):
+        monitor.verdict(scorer, 0, first)
+    assert before - budget.balance < before / 4
+    items = sizes.swept()
+    assert items is not None
+    assert FEWEST <= items < alone
+    for _ in range(5):
+        with sizes.spending(0), scorer.quietly():
+            monitor.pairs.score(scorer, monitor.bank.sample(items))
+    second, _ = sizes.verdict(last=True)
+    assert second >= first
+    with sizes.spending(0):
+        monitor.verdict(scorer, 0, second)
+    assert budget.spent <= 0.5 * (budget.spent + budget.trained)
 
 
 def test_a_failed_look_is_paid_too() -> None:

@@ -74,3 +74,16 @@ def test_nothing_to_draw_is_named() -> None:
         plot_forgetting([])
     with pytest.raises(ConfigError, match="none at a step of `learned` \\(\\[7\\]\\)"):
         plot_forgetting(HISTORY, learned={7: 1.0})
+
+
+def test_a_look_at_one_item_is_left_out_and_its_line_has_no_error(tmp_path: Path) -> None:
+    one = TaskReport(1.0, 1.0, 0.0, 1.0, 0, 0, 0.0, 1.0, 1, 1.0)
+    first = Report(0, "look", {"a": one}, one, alarms=[], seconds=0.1)
+    _, ax = plot_forgetting([first, report(5, a=-0.01), report(10, "verdict", a=-0.02)])
+    assert list(next(c for c in ax.containers if c.get_label() == "a")[0].get_xdata()) == [5, 10]
+    low, high = ax.get_ylim()
+    assert -5.0 < low < high < 5.0
+    _, ax = plot_forgetting([first])  # there is nothing else
+    assert ax.get_ylim()[0] > -5.0
+    assert "100.0 -> 100.0 % (+0.0, 1 item), e-value" in first.summary()
+    assert "(-1.0 +- 1.0)" in report(5, a=-0.01).summary()
