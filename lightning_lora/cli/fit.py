@@ -46,8 +46,10 @@ def run_lines(args: Sequence[str]) -> bool:
     Args:
         args: What stands after ``fit``.
     """
+    from lightning_lora.cli import output
     from lightning_lora.cli.fit_cli import FitCLI
 
-    cli = FitCLI(["--help" if arg == "--help_all" else arg for arg in args])
-    cli.fit()
+    with output.notices():
+        cli = FitCLI(["--help" if arg == "--help_all" else arg for arg in args])
+        cli.fit()
     return False

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json as json_lib
 import math
 import sys
@@ -19,8 +20,19 @@ def work(quiet: bool = False) -> Iterator[None]:
     Args:
         quiet: Whether transformers shows none there either.
     """
-    hidden = quiet or not sys.stderr.isatty()
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with contextlib.redirect_stdout(sys.stderr), notices(quiet):
+        yield
+
+
+@contextlib.contextmanager
+def notices(quiet: bool = False) -> Iterator[None]:
+    """Inside, warnings are a line each, bars are for terminals only; what is printed stays where it is.
+
+    Args:
+        quiet: Whether transformers shows none there either.
+    """
+    hidden = (quiet or not sys.stderr.isatty()) and importlib.util.find_spec("transformers") is not None
+    with warnings.catch_warnings():
         warnings.showwarning = _show
         with _no_bars_of_others() if hidden else contextlib.nullcontext():
             yield

@@ -210,3 +210,16 @@ def test_a_wrong_line_is_usage_and_exit_code_two(args: list[str], capsys: pytest
         main(["fit", *args])
     assert stop.value.code == 2
     assert "lightning-lora fit" in capsys.readouterr().err
+
+
+def test_warnings_are_a_line_each_and_bars_are_for_terminals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f'{{"prompt": "what is {i}?", "completion": " it is {i}"}}\n' for i in range(30))
+    (tmp_path / "a.jsonl").write_text(rows)
+    words = [f"--model.base={MODEL_DIR}", f"--data.train={tmp_path}/a.jsonl", "--data.validation_share=0", *QUICK]
+    assert main(["fit", *words, "--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().err
+    assert "Notice: Training data: 30 examples are few" in said
+    assert ".py:" not in said
+    assert "Loading weights" not in said
