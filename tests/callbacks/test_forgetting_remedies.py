@@ -74,7 +74,7 @@ def rolled_back(known: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
     adapters = AdapterCheckpoint(dirpath=out / "adapters", save_top_k=-1, every_n_train_steps=2, save_last=True)
     with pytest.warns(Notice, match="The adapters are those of step 6 again, the newest kept look that holds"):
-        run, student = fit(monitor, worsens, adapters, MergeOnFitEnd(out / "merged"))
+        run, student = fit(monitor, worsens, adapters, MergeOnFitEnd(out / "merged"), default_root_dir=out)
     return {"run": run, "student": student, "monitor": monitor, "seen": worsens.seen, "adapters": adapters, "out": out}
 
 
