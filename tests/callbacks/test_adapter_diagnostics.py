@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,14 @@ def test_conv1d_models_run_too(tmp_path: Path) -> None:
     diagnostics = AdapterDiagnostics()
     make_trainer(tmp_path, [LoRA(r=4), diagnostics], max_steps=2).fit(LM(tiny_gpt2()), loader())
     assert len(diagnostics.report.modules) == 8  # type: ignore[union-attr]
+
+
+def test_two_ranks_find_the_same_and_one_of_them_says_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("diagnostics_ranks.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert [step for step, _ in first] == [2, 4]
+    assert first == second
+    assert len(list((tmp_path / "found").glob("*.json"))) == 1
+    assert done.stdout.count(" in adapters, ") == 1  # the table, of the first rank alone
