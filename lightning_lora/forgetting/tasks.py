@@ -24,6 +24,7 @@ from lightning_lora.errors import MissingDependencyError, TaskError
 from lightning_lora.forgetting import sources
 from lightning_lora.forgetting.catalogue import Catalogue, leaf_configs
 from lightning_lora.forgetting.presets import TaskSpec, expand
+from lightning_lora.ranks import notice
 from lightning_lora.rng import preserve_rng
 
 if TYPE_CHECKING:
@@ -35,8 +36,20 @@ log = logging.getLogger(__name__)
 #: The seed that `lm_eval.simple_evaluate` gives to few-shot sampling.
 FEWSHOT_SEED = 1234
 
-#: Tasks of lm-eval's own with several questions about one passage -> the field that holds it.
-PASSAGES = {"boolq": "passage", "race": "article"}
+#: Tasks of lm-eval's own with several questions about one passage -> the field that holds it. "_" at the end: and all
+#: whose names begin so.
+PASSAGES = {
+    "boolq": "passage",
+    "race": "article",
+    "multirc": "paragraph",
+    "belebele_": "flores_passage",
+    "french_bench_boolqa": "passage",
+    "french_bench_reading_comp": "context",
+    "kobest_boolq": "paragraph",
+}
+
+#: A text of so many characters that comes in several items looks like a passage.
+LONG_TEXT = 200
 
 _TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
 _SPLITS = {"test_docs": "test_split", "validation_docs": "validation_split"}  # lm-eval's method -> the task's key
@@ -191,8 +204,13 @@ class _NoBars(io.TextIOBase):
         self.behind.flush()
 
 
-def _resolve(spec: TaskSpec, catalogue: Catalogue) -> tuple[TaskManager, str | dict[str, Any], list[Mapping[str, Any]]]:
-    """The manager that can build ``spec``, what to give it, and the configurations of the tasks inside."""
+def _resolve(
+    spec: TaskSpec, catalogue: Catalogue
+) -> tuple[TaskManager, str | dict[str, Any] | Path, list[Mapping[str, Any]]]:
+    """The manager that can build ``spec``, what to give it, and the configurations of the tasks inside.
+
+    No Python of a task runs here: a file of its own is named and its functions are not imported yet.
+    """
     from lm_eval.tasks import TaskManager
 
     if isinstance(spec, Mapping):
@@ -209,15 +227,10 @@ def _resolve(spec: TaskSpec, catalogue: Catalogue) -> tuple[TaskManager, str | d
     return manager, str(spec), list(leaf_configs(str(spec), manager.task_index))
 
 
-def _from_yaml(path: Path, manager: TaskManager) -> tuple[TaskManager, str | dict[str, Any], list[Mapping[str, Any]]]:
-    from lm_eval.tasks.manager import load_yaml
-
+def _from_yaml(path: Path, manager: TaskManager) -> tuple[TaskManager, Path, list[Mapping[str, Any]]]:
     if not path.is_file():
         raise TaskError(f"Task file {str(path)!r} does not exist (looked from {Path.cwd()}).")
-    try:
-        config = load_yaml(path)
-    except Exception as error:
-        raise TaskError(f"Task file {path} cannot be read: {type(error).__name__}: {error}") from error
+    config = _read_yaml(path, functions=False)
     if isinstance(config.get("task"), list) or "group" in config:
         raise TaskError(
             f"Task file {path} is a group. Give its tasks' files one by one, or its folder as `include_path` and "
@@ -225,11 +238,23 @@ def _from_yaml(path: Path, manager: TaskManager) -> tuple[TaskManager, str | dic
         )
     if "task" not in config:
         raise TaskError(f"Task file {path} has no key `task`, the task's name: got keys {sorted(config)}.")
-    config = sources.anchor_data_files(config, path.resolve().parent)
-    return manager, config, [config]
+    return manager, path, [config]
 
 
-def _build(manager: TaskManager, entry: str | dict[str, Any]) -> dict[str, Task]:
+def _read_yaml(path: Path, functions: bool) -> dict[str, Any]:
+    """A task file with what it includes; its ``!function``s imported, which runs their modules, or left as names."""
+    from lm_eval.tasks.manager import load_yaml
+
+    try:
+        config = load_yaml(path, resolve_func=functions)
+    except Exception as error:
+        raise TaskError(f"Task file {path} cannot be read: {type(error).__name__}: {error}") from error
+    return sources.anchor_data_files(config, path.resolve().parent)
+
+
+def _build(manager: TaskManager, entry: str | dict[str, Any] | Path) -> dict[str, Task]:
+    if isinstance(entry, Path):
+        entry = _read_yaml(entry, functions=True)
     name = entry if isinstance(entry, str) else entry["task"]
     log.info("Loading task %s", name)
     try:
@@ -291,13 +316,35 @@ def _prepare(name: str, task: Task, num_fewshot: int | None) -> LoadedTask:
 
 def _cluster_field(name: str, task: Task, docs: list[dict[str, Any]]) -> str | None:
     """The field by which a task's items belong together."""
-    field = (task.get_config("metadata") or {}).get("cluster_by") or PASSAGES.get(name)
-    if field is not None and field not in docs[0]:
+    field = (task.get_config("metadata") or {}).get("cluster_by")
+    if field is None:
+        known = next((f for task_name, f in PASSAGES.items() if _is_called(name, task_name) and f in docs[0]), None)
+        if known is None and (shared := _shared_text(docs)) is not None:
+            notice(
+                f"Task {name!r} has items with one and the same long {shared!r}. If they belong together, give it "
+                f"`metadata: {{cluster_by: {shared}}}`: without that each counts as evidence of its own, and errors, "
+                f"p-values and the alarm are too sure."
+            )
+        return known
+    if field not in docs[0]:
         raise TaskError(
             f"Task {name!r} has `metadata: {{cluster_by: {field}}}`, but its items have the fields "
             f"{', '.join(map(str, docs[0]))}."
         )
     return field
+
+
+def _is_called(name: str, known: str) -> bool:
+    return name.startswith(known) if known.endswith("_") else name == known
+
+
+def _shared_text(docs: list[dict[str, Any]]) -> str | None:
+    """A field that holds one long text in several items, and not the same in all; None without."""
+    for field in docs[0]:
+        texts = [text for doc in docs if isinstance(text := doc.get(field), str) and len(text) >= LONG_TEXT]
+        if 1 < len(set(texts)) < len(texts):
+            return str(field)
+    return None
 
 
 def _replay_shots(name: str, task: Task, docs: list[dict[str, Any]], shots: int) -> ReplayedShots:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lightning_lora.errors import TaskError
+from lightning_lora.errors import Notice, TaskError
 from lightning_lora.forgetting.catalogue import Catalogue
 from lightning_lora.forgetting.tasks import load_tasks
+from tests.forgetting import tiny
 
 
 def inline(path: Path, name: str = "inline", **changes: Any) -> dict[str, Any]:
@@ -211,7 +212,6 @@ def test_hub_out_of_reach_fails_soon_and_says_the_way_out(tmp_path: Path) -> Non
 
 def test_a_group_id_comes_from_the_field_that_the_task_names(task_folder: Path, tmp_path: Path) -> None:
     from lightning_lora.forgetting.scoring import Scorer
-    from tests.forgetting import tiny
 
     docs = [{**doc, "passage": f"passage {number // 3}"} for number, doc in enumerate(tiny.items(9))]
     tasks = load_tasks(tiny.write_task(tmp_path, "passages", docs, metadata={"cluster_by": "passage"}))
@@ -222,6 +222,33 @@ def test_a_group_id_comes_from_the_field_that_the_task_names(task_folder: Path, 
     assert load_tasks(task_folder / "alpha.yaml")["alpha"].cluster_by is None
     with pytest.raises(TaskError, match="cluster_by: nothing.*fields context, choices, gold"):
         load_tasks(tiny.write_task(tmp_path, "wrong", tiny.items(3), metadata={"cluster_by": "nothing"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("multirc", "paragraph"), ("belebele_eng_Latn", "flores_passage"), ("kobest_boolq", "paragraph")],
+)
+def test_passages_of_lm_evals_own_tasks_are_known(name: str, field: str, tmp_path: Path) -> None:
+    docs = [{**doc, field: f"Passage {number // 2}"} for number, doc in enumerate(tiny.items(4))]
+    task = load_tasks(tiny.write_task(tmp_path, name, docs))[name]
+    assert task.cluster_by == field
+    assert len(set(task.groups() or [])) == 2
+    own = tiny.write_task(tmp_path / "own", name, tiny.items(4))  # another task of that name, without the field
+    assert load_tasks(own)[name].cluster_by is None
+
+
+def test_a_long_text_in_several_items_is_asked_about(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def task(name: str, texts: list[str], **changes: Any) -> None:
+        docs = [{**doc, "story": text} for doc, text in zip(tiny.items(len(texts)), texts, strict=True)]
+        load_tasks(tiny.write_task(tmp_path, name, docs, **changes))
+
+    task("apart", [f"{i} {'long ' * 60}" for i in range(4)])
+    task("instruction", ["one instruction for all " * 20] * 4)
+    task("short", ["one", "one", "two", "two"])
+    task("declared", [f"{i // 2} {'long ' * 60}" for i in range(4)], metadata={"cluster_by": "story"})
+    assert not [w for w in recwarn if issubclass(w.category, Notice)]
+    with pytest.warns(Notice, match="'repeated' has items with one and the same long 'story'.*cluster_by: story"):
+        task("repeated", [f"{i // 2} {'long ' * 60}" for i in range(4)])
 
 
 CODE = {
@@ -242,6 +269,20 @@ def test_code_is_executed_only_where_the_task_is_named(kind: str, task_folder: P
             load_tasks(spec, allow_code=allowed)
     if kind != "script":
         assert load_tasks(spec, allow_code=["inline"])["inline"].n_docs == 20
+
+
+def test_no_python_of_a_refused_task_runs(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "utils.py").write_text(
+        f"open({str(ran)!r}, 'a').write('x')\ndef text(doc):\n    return doc['context']\n"
+    )
+    path = tiny.write_task(tmp_path, "evil", tiny.items(4), unsafe_code=True)
+    path.write_text(path.read_text().replace("doc_to_text: context", "doc_to_text: !function utils.text"))
+    with pytest.raises(TaskError, match="executes what the model writes"):
+        load_tasks(path)
+    assert not ran.exists()
+    assert load_tasks(path, allow_code=["evil"])["evil"].n_docs == 4
+    assert ran.exists()
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "humaneval_instruct"])
