@@ -250,7 +250,7 @@ class Budget:
         self.spent, self._trained = state["spent"], state["trained"]
         self._steps = state["steps"] + step - state["since_step"]
         self.next_step, self.gauges = state["next_step"], state["gauges"]
-        self.first, self.is_warm = state["first"], state["is_warm"]
+        self.first, self.is_warm = state.get("first"), state.get("is_warm", True)  # states from before timing passes
         self._observed.clear()
         self._observed.extend((int(p), float(s)) for p, s in state["observed"])
         self.begin(step)
