@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +104,7 @@ def atomic_folder(path: str | os.PathLike[str], over_file: bool = False) -> Iter
         WriteError: When there is no room or no permission.
     """
     target = Path(path)
-    if target.exists() and not target.is_dir() and not over_file:
+    if _is_file(target) and not over_file:
         raise CheckpointError(
             f"a folder is to be written to {target}, but a file stands there: move it or choose another path."
         )
@@ -267,6 +268,14 @@ def _swap(part: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             os.rename(aside, rubbish)
             _remove(rubbish)
+
+
+def _is_file(target: Path) -> bool:
+    """Whether something stands there that is no folder, by one look: another process may move it aside between two."""
+    try:
+        return not stat.S_ISDIR(target.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _is_in_the_way(part: Path, target: Path) -> bool:

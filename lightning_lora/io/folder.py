@@ -246,9 +246,14 @@ def check_target(dir: str | os.PathLike[str]) -> None:
         CheckpointError: A file stands there, or the folder holds something else.
     """
     path = Path(dir).expanduser()
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"an adapter folder is to be written to {path}, but a file stands there: move it")
-    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    try:  # one look: another run may be putting its own folder in place
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise CheckpointError(
+            f"an adapter folder is to be written to {path}, but a file stands there: move it"
+        ) from None
     foreign = [name for name in names if name not in KNOWN_FILES or (path / name).is_dir()]
     if foreign or (names and CONFIG not in names):
         raise CheckpointError(
