@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_summary import AdapterSummary
     from lightning_lora.callbacks.base_kl import BaseKL
     from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+    from lightning_lora.callbacks.ia3 import IA3
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
     from lightning_lora.callbacks.replay_mix import ReplayMix
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.scale_sweep import ScaleSweep
     from lightning_lora.causal_lm.datamodule import InstructionDataModule
     from lightning_lora.causal_lm.module import CausalLMModule
-    from lightning_lora.config import LoRAConfig
+    from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
     from lightning_lora.io.loaders import validate_adapter
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_lora.model.apply import (
         ApplyReport,
         adapter_state_dict,
+        apply_adapters,
         apply_lora,
         disable_adapters,
         set_adapter_scale,
@@ -61,6 +63,9 @@ if TYPE_CHECKING:
     from lightning_lora.strategies.state import AdapterStateMixin
 
 _HOME = {
+    "IA3": "callbacks.ia3",
+    "IA3Config": "config",
+    "AdapterConfig": "config",
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterDDPStrategy": "strategies.ddp",
     "AdapterDeepSpeedStrategy": "strategies.deepspeed",
@@ -85,6 +90,7 @@ _HOME = {
     "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
     "add_weighted_adapter": "model.combine",
+    "apply_adapters": "model.apply",
     "apply_lora": "model.apply",
     "delete_adapter": "model.residents",
     "disable_adapters": "model.apply",
@@ -106,6 +112,9 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
+    "IA3Config",
+    "AdapterConfig",
     "AdapterCheckpoint",
     "AdapterDDPStrategy",
     "AdapterDeepSpeedStrategy",
@@ -130,6 +139,7 @@ __all__ = [
     "active_adapter",
     "adapter_state_dict",
     "add_weighted_adapter",
+    "apply_adapters",
     "apply_lora",
     "delete_adapter",
     "disable_adapters",

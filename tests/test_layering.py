@@ -22,18 +22,23 @@ PACKAGE = "lightning_lora"
 ORDER: dict[str, tuple[str, ...]] = {
     "version": (),
     "errors": (),
-    "config": (),
+    "config": ("base", "lora", "ia3", "record"),
     "rng": (),
     "ranks": (),
     "bars": (),
-    "nn": ("sharded", "adapter", "functional", "quantized", "adopted", "linear", "dora", "saved"),
+    "nn": (
+        *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted"),
+        *("linear", "dora", "ia3", "saved"),
+    ),
     "model": (
         *(
             "inner",
             "first_inputs",
             "targets",
+            "methods",
             "fingerprint",
             "apply",
+            "unbuilt",
             "sharding",
             "tensor_parallel",
             "gradients",
@@ -51,6 +56,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "distributed",
         "zero_files",
         "peft_rules",
+        "peft_types",
         "names",
         "folder",
         "kinds",
@@ -93,7 +99,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
-        *("trainer_bar", "lora", "adapter_checkpoint", "base_kl", "replay_mix"),
+        *("trainer_bar", "adapting", "lora", "ia3", "adapter_checkpoint", "base_kl", "replay_mix"),
         *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
         *("scale_sweep", "run_report"),

@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from lightning_lora.callbacks.adapter_checkpoint import adapter_path
 from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
+from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.callbacks.aside import is_of_run
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
-from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.place import run_folder
 from lightning_lora.callbacks.scale_sweep import ScaleSweep
 from lightning_lora.errors import WriteError
@@ -205,8 +205,8 @@ def _configuration(trainer: Trainer, module: LightningModule, callbacks: list[Ca
     """Settings by group: adapters, Trainer, optimizers, monitors, and what module and data saved as hyperparameters."""
     groups: dict[str, Mapping[str, Any]] = {}
     for callback in callbacks:
-        if isinstance(callback, LoRA):
-            groups["LoRA"] = {key: x for key, x in callback.config.to_dict().items() if x is not None}
+        if isinstance(callback, AdapterCallback):
+            groups[callback.config.title] = {key: x for key, x in callback.config.to_dict().items() if x is not None}
         if isinstance(callback, ForgettingMonitor):
             own = {name: getattr(callback, name) for name in _MONITOR if getattr(callback, name) is not None}
             asked = {"tasks": callback.tasks, "target_tasks": callback.target_tasks}
@@ -221,7 +221,9 @@ def _configuration(trainer: Trainer, module: LightningModule, callbacks: list[Ca
         if owner is not None and getattr(owner, "hparams", None):
             groups[_free(type(owner).__name__, groups)] = dict(owner.hparams)
     groups["other callbacks"] = {
-        type(callback).__name__: "yes" for callback in callbacks if not isinstance(callback, LoRA | ForgettingMonitor)
+        type(callback).__name__: "yes"
+        for callback in callbacks
+        if not isinstance(callback, AdapterCallback | ForgettingMonitor)
     }
     return {name: plain_settings(values) for name, values in groups.items() if values}
 

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora.bars import Bar, no_bar
-from lightning_lora.config import AdapterRecord, LoRAConfig
+from lightning_lora.config import AdapterConfig, AdapterRecord
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
@@ -62,12 +62,13 @@ from lightning_lora.io.names import (
     unwrap,
 )
 from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
+from lightning_lora.io.peft_types import Chosen, type_for
 from lightning_lora.io.portable import check_portable, fitting_cast, portable_contents, update_error
 from lightning_lora.io.resident import load_resident
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
-    apply_lora,
+    apply_adapters,
     check_kind,
     is_adapted,
 )
@@ -75,6 +76,7 @@ from lightning_lora.model.inner import inner_model
 from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
 
 
@@ -203,7 +205,7 @@ def load_adapter(
     if record is None:
         config = repacked(config_for(model, folder), quantize)
         tensors = folder.checked_tensors()
-        apply_lora(model, config, bar=bar)
+        apply_adapters(model, config, bar=bar)
         _notice_packing(config, folder)
         if name is not None:
             rename_adapter(model, name)
@@ -277,25 +279,30 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     prefix, root = adapter_root(model)
     adapted, saved = {}, []
     for name, module in named_adapters(model):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, SavedModule):
+            saved.append(name)
+        elif isinstance(module, LoRALinear):
             adapted[name] = Scale(module.r, _plain_number(module.lora_alpha * _strength(module)))
         else:
-            saved.append(name)
+            adapted[name] = Scale(record.config.rank_for(name), record.config.alpha_for(name))
     config = record.config
-    hint = Spec.from_json(dataclasses.asdict(config))
-    spec = shortest_spec(list(plain_modules(root)), adapted, saved, hint)
+    row = type_for(config)
+    words = dataclasses.asdict(config)
+    if not row.layers:
+        words |= {"layers_to_transform": None, "layers_pattern": None}
+    spec = shortest_spec(list(plain_modules(root)), adapted, saved, Spec.from_json(words))
+    transposed = any(getattr(m, "fan_in_fan_out", False) for _, m in named_adapters(model))
+    layers = {"layers_to_transform": spec.layers_to_transform, "layers_pattern": spec.layers_pattern}
+    choice = {"target_modules": spec.target_modules, "exclude_modules": spec.exclude_modules}
     return {
-        "peft_type": "LORA",
+        "peft_type": row.name,
         "task_type": task_type(root, saved),
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": config.lora_dropout,
-        "fan_in_fan_out": any(m.fan_in_fan_out for _, m in named_adapters(model) if isinstance(m, LoRALinear)),
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
-        **dataclasses.asdict(spec),
+        "modules_to_save": spec.modules_to_save,
+        **(choice if row.by_names else {}),
+        **(layers if row.layers else {}),
+        **row.write(config, Chosen(spec, list(adapted), transposed)),
     }
 
 
@@ -383,7 +390,7 @@ def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModu
     return found
 
 
-def _notice_packing(config: LoRAConfig, folder: AdapterFolder) -> None:
+def _notice_packing(config: AdapterConfig, folder: AdapterFolder) -> None:
     """Say when the folder was trained over a base that was packed in another way."""
     trained = (folder.record.get("config") or {}).get("quantize")
     if trained is not None and trained != config.quantize:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig, scaling
+from lightning_lora.config import LoRAConfig, config_from_dict, scaling
 from lightning_lora.errors import AdapterMismatchError, CheckpointError
 from lightning_lora.io.checkpoint import check_version
 from lightning_lora.io.checkpoint_file import KEY
@@ -29,7 +29,7 @@ class AdapterFacts:
 
     Args:
         checkpoint: Whether it is a run's checkpoint, not a folder.
-        config: `LoRAConfig` as far as it is known, and of a folder PEFT's configuration before it, in primitives.
+        config: the configuration as far as it is known, and of a folder PEFT's configuration before it, in primitives.
         fingerprint: Of the base; None where the file has none.
         step: Optimizer steps taken; None for a folder.
         modules: The spectrum of each low-rank module, by name.
@@ -81,17 +81,18 @@ def _of_checkpoint(path: Path, base: str | os.PathLike[str] | None) -> AdapterFa
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{path} holds no adapters of this package")
     check_version(entry)
-    config, strength = LoRAConfig.from_dict(entry["config"]), entry.get("strength") or {}
+    config, strength = config_from_dict(entry["config"]), entry.get("strength") or {}
     state = {clean(key): tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
     wanted = {key: t for key, t in state.items() if key.startswith(tuple(f"{n}." for n in entry["targets"]))}
-    pairs, _ = _pairs(wanted, ".adapter.lora_{}")
+    pairs = _pairs(wanted, ".adapter.lora_{}")[0] if isinstance(config, LoRAConfig) else {}
     scales = {}
     for name in pairs:
         # A pattern's key is for the name inside the transformers model, whose place in the run the file does not tell.
         parts = name.split(".")
         names = [".".join(parts[i:]) for i in range(len(parts))]
         alpha, rank = config.alpha_for(*names), config.rank_for(*names)
-        scales[name] = scaling(rank, alpha, config.use_rslora) * strength.get(name, 1.0)
+        rslora = isinstance(config, LoRAConfig) and config.use_rslora
+        scales[name] = scaling(rank, alpha, rslora) * strength.get(name, 1.0)
     saved = [key for key in state if key.startswith(tuple(f"{name}." for name in entry["saved"]))]
     return AdapterFacts(
         True,

@@ -6,7 +6,7 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
 ``weights_only=True``:
 
     version       of this entry
-    config        `LoRAConfig` as a dict
+    config        the configuration as a dict (`AdapterConfig.to_dict`)
     targets       names of the adapted layers
     saved         names of the modules trained in full
     fingerprint   of the base before packing, or None
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import config_from_dict
 from lightning_lora.errors import (
     AdapterMismatchError,
     AlreadyAdaptedError,
@@ -45,7 +45,7 @@ from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
     adapter_state_dict,
-    apply_lora,
+    apply_adapters,
     is_adapted,
     load_adapter_state,
 )
@@ -55,8 +55,6 @@ from lightning_lora.nn.saved import SavedModule
 
 VERSION = 2
 
-# Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean.
-_FREE_FIELDS = ("lora_dropout", "init_lora_weights", "compute_dtype", "loraplus_lr_ratio")
 # Fields that choose modules: two spellings of the same choice are the same.
 _CHOOSING_FIELDS = (
     "target_modules",
@@ -183,10 +181,12 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """
     check_version(entry)
     own = metadata(model)
+    record = adapter_record(model)
+    free = () if record is None else record.config.free_fields
     differing = {
         name: (value, own["config"].get(name))
         for name, value in entry["config"].items()
-        if name not in _FREE_FIELDS and own["config"].get(name) != value
+        if name not in free and own["config"].get(name) != value
     }
     same_choice = own["targets"] == entry["targets"] and own["saved"] == entry["saved"]
     if not same_choice or any(name not in _CHOOSING_FIELDS for name in differing):
@@ -251,9 +251,9 @@ def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **kwargs: A
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are|The state dict in .* contains no parameters")
         model = cls.load_from_checkpoint(without, strict=False, weights_only=True, **kwargs)  # type: ignore[attr-defined]
-    config = LoRAConfig.from_dict(checkpoint[KEY]["config"])
+    config = config_from_dict(checkpoint[KEY]["config"])
     if not is_adapted(model):
-        apply_lora(model, config)
+        apply_adapters(model, config)
     elif (record := adapter_record(model)) is not None and record.config != config:
         raise AlreadyAdaptedError(
             f"{cls.__name__} adapts itself with {record.config}, the checkpoint was made with {config}"

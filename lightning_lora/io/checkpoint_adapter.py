@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.bars import Bar, no_bar
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import AdapterConfig, LoRAConfig, config_from_dict
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, Notice
 from lightning_lora.io.checkpoint import check_version, cleaned, compare_bases, load_state, naming
 from lightning_lora.io.checkpoint_file import KEY
@@ -27,15 +27,16 @@ from lightning_lora.io.conversion import fit, repacked
 from lightning_lora.io.distributed import read_either
 from lightning_lora.io.folder import compare_shapes, near
 from lightning_lora.io.integrity import check_finite
-from lightning_lora.io.kinds import SAVED, kind_of, linear_row
+from lightning_lora.io.kinds import SAVED, Part, Words, kind_of, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.io.resident import say_narrower
-from lightning_lora.model.apply import adapter_record, adapter_slots, apply_lora, is_adapted
+from lightning_lora.model.apply import adapter_record, adapter_slots, apply_adapters, is_adapted
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import inner_model
+from lightning_lora.model.methods import method_of
 from lightning_lora.model.plain import plain_view
-from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
-from lightning_lora.model.targets import Targets, find_targets
+from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of, refuse_beside
+from lightning_lora.model.targets import Targets
 from lightning_lora.nn.adapter import AdapterModule, Held
 
 
@@ -43,16 +44,16 @@ from lightning_lora.nn.adapter import AdapterModule, Held
 class _Ranks:
     """Rank and alpha by the names inside the transformers model, as the run's names gave them."""
 
-    config: LoRAConfig
+    config: AdapterConfig
     prefix: str
 
     @property
     def r(self) -> int:
-        return self.config.r
+        return self.config.rank_for("")
 
     @property
     def lora_alpha(self) -> float:
-        return self.config.lora_alpha
+        return self.config.alpha_for("")
 
     def rank(self, name: str) -> int:
         return self.config.rank_for(_joined(self.prefix, name), name)
@@ -82,7 +83,7 @@ def load_checkpoint_adapter(
     prefix, root = inner_model(model)
     theirs, ours = _prefix([*entry["targets"], *entry["saved"]], plain_modules(root), path), clean(prefix)
     if not is_adapted(model):
-        apply_lora(model, repacked(_config(model, entry, theirs, path), quantize), bar=bar)
+        apply_adapters(model, repacked(_config(model, entry, theirs, path), quantize), bar=bar)
     checkpoint = _packed_as_here(model, checkpoint, path)
     if theirs != ours:
         checkpoint = _renamed(checkpoint, theirs, ours, _outside(model))
@@ -116,7 +117,8 @@ def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
         config = dataclasses.replace(
             _config(view, entry, theirs, path), compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
         )
-        targets = find_targets(view, dataclasses.replace(config, quantize="none"))
+        refuse_beside(record, config)
+        targets = method_of(config).targets(view, dataclasses.replace(config, quantize="none"))
     checkpoint = _renamed(checkpoint, theirs, clean(prefix), _outside(model))
     shapes, entry = _shapes(view, config, targets), checkpoint[KEY]
     state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
@@ -127,7 +129,7 @@ def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
     for key in shapes:
         if ".adapter.lora_" in key and not state[key].is_floating_point():
             raise AdapterMismatchError(f"{path}: {key!r} is of {state[key].dtype}, adapters are floats")
-    add_slots(model, targets.adapted, targets.saved, config.use_dora)
+    add_slots(model, targets.adapted, targets.saved, config)
     wanted = {*targets.adapted, *targets.saved}
     parts = {
         module.slot: _part(clean(raw), config, state, entry.get("strength") or {}, module)
@@ -152,10 +154,10 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**checkpoint, "state_dict": cleaned(checkpoint["state_dict"], own)}
 
 
-def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str | os.PathLike[str]) -> LoRAConfig:
+def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str | os.PathLike[str]) -> AdapterConfig:
     """The configuration that converts a plain `model` to exactly what the checkpoint holds."""
     try:
-        config = LoRAConfig.from_dict(dict(entry["config"]))
+        config = config_from_dict(dict(entry["config"]))
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}; it may be of a newer version") from error
     prefix, _ = inner_model(model)
@@ -166,22 +168,27 @@ def _config(model: nn.Module, entry: Mapping[str, Any], theirs: str, path: str |
     return fit(model, config, _Ranks(config, theirs), adapted, saved)
 
 
-def _shapes(view: nn.Module, config: LoRAConfig, targets: Targets) -> dict[str, tuple[int, ...]]:
+def _shapes(view: nn.Module, config: AdapterConfig, targets: Targets) -> dict[str, tuple[int, ...]]:
     """What a checkpoint of this configuration holds, over the modules of a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for kind, names in ((linear_row(config.use_dora), targets.adapted), (SAVED, targets.saved)):
-        for raw in names:
-            own = kind.shapes(view.get_submodule(raw), config.rank_for(clean(raw)))
-            shapes |= {f"{clean(raw)}.{name}": shape for name, shape in own.items()}
+    for raw in [*targets.adapted, *targets.saved]:
+        plain = view.get_submodule(raw)
+        kind = SAVED if raw in targets.saved else row_for(config, plain)
+        own = kind.shapes(plain, Part(clean(raw), config.rank_for(clean(raw)), config))
+        shapes |= {f"{clean(raw)}.{name}": shape for name, shape in own.items()}
     return shapes
 
 
 def _part(
-    name: str, config: LoRAConfig, state: Mapping[str, Tensor], strength: Mapping[str, float], module: AdapterModule
+    name: str, config: AdapterConfig, state: Mapping[str, Tensor], strength: Mapping[str, float], module: AdapterModule
 ) -> Held:
     tensors = {own: state[f"{name}.{own}"].clone() for own in module.own_names()}
-    words = (config.rank_for(name), config.alpha_for(name), config.use_rslora, config.lora_dropout)
-    return kind_of(module, name).held(tensors, strength.get(name, 1.0), lambda: words)
+
+    def words() -> Words:
+        rslora = isinstance(config, LoRAConfig) and config.use_rslora
+        return config.rank_for(name), config.alpha_for(name), rslora, config.dropout
+
+    return kind_of(module, name).held(tensors, strength.get(name, 1.0), words)
 
 
 def _prefix(names: list[str], modules: Mapping[str, nn.Module], path: str | os.PathLike[str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an adapter folder to the `LoRAConfig` that converts a plain model to exactly what the folder holds."""
+"""From an adapter folder to the configuration that converts a plain model to exactly what the folder holds."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import AdapterConfig, LoRAConfig, config_from_dict
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
 from lightning_lora.io.folder import CONFIG, RECORD, AdapterFolder, compare_shapes
-from lightning_lora.io.kinds import SAVED, linear_row
+from lightning_lora.io.kinds import SAVED, Part, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.model.inner import clean_name, outermost
-from lightning_lora.model.targets import Targets, find_targets, is_adaptable
+from lightning_lora.model.methods import method_of
+from lightning_lora.model.targets import Targets, is_adaptable
 from lightning_lora.nn.sharded import is_sharded
 
 #: Relative difference of a base's weight and its copy that a cast to another dtype explains.
 _CAST_ERROR = 1e-2
 
 
-def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
+def config_for(model: nn.Module, folder: AdapterFolder) -> AdapterConfig:
     """The configuration that converts a plain `model` to exactly what the folder holds.
 
     PEFT's rules say which modules are meant; where the engine's reading of the same words differs, or a
@@ -34,8 +35,8 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
     modules = plain_modules(root)
     saved = outermost([name for name in modules if folder.spec.saves(name)])
     config = _written_config(folder, saved)
-    if folder.spec.target_modules == "all-linear":
-        adapted = [clean(inside(name, prefix)) for name in find_targets(model, config).adapted]
+    if folder.spec.target_modules == "all-linear" or not folder.kind.by_names:
+        adapted = [clean(inside(name, prefix)) for name in method_of(config).targets(model, config).adapted]
     else:
         try:
             adapted = [name for name, m in modules.items() if folder.spec.targets(name) and is_adaptable(m)]
@@ -49,38 +50,35 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> LoRAConfig:
     return fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
 
 
-def repacked(config: LoRAConfig, quantize: str | None) -> LoRAConfig:
+def repacked(config: AdapterConfig, quantize: str | None) -> AdapterConfig:
     """The configuration with another packing of the base; as it is if null.
 
     Raises:
         ConfigError: There is no such packing.
     """
-    return config if quantize is None else LoRAConfig.from_dict({**config.to_dict(), "quantize": quantize})
+    return config if quantize is None else config_from_dict({**config.to_dict(), "quantize": quantize})
 
 
-def _written_config(folder: AdapterFolder, saved: list[str]) -> LoRAConfig:
+def _written_config(folder: AdapterFolder, saved: list[str]) -> AdapterConfig:
     """Our configuration from the folder's record, or one made of PEFT's words."""
     path = folder.path
     own = folder.record.get("config")
     if own:
         try:
-            return LoRAConfig.from_dict(own)
+            return config_from_dict(own)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{path / RECORD}: {error}; it may be of a newer version") from error
     spec = folder.spec
     pattern = spec.layers_pattern
-    return LoRAConfig(
-        r=spec.r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=folder.config.get("lora_dropout") or 0.0,
-        target_modules=spec.target_modules,
-        exclude_modules=spec.exclude_modules or None,
-        layers_to_transform=spec.layers_to_transform if spec.layers_to_transform != [] else None,
-        layers_pattern=pattern if isinstance(pattern, str) and spec.layers_to_transform else None,
-        modules_to_save=saved or None,  # PEFT's entries may match nothing, or without a dot
-        use_rslora=bool(folder.config.get("use_rslora")),
-        use_dora=bool(folder.config.get("use_dora")),
-    )
+    shared = {
+        "exclude_modules": spec.exclude_modules or None,
+        "layers_to_transform": spec.layers_to_transform if spec.layers_to_transform != [] else None,
+        "layers_pattern": pattern if isinstance(pattern, str) and spec.layers_to_transform else None,
+        "modules_to_save": saved or None,  # PEFT's entries may match nothing, or without a dot
+    }
+    if folder.kind.by_names:
+        shared["target_modules"] = spec.target_modules
+    return folder.kind.read(folder.config, shared)
 
 
 class Ranks(Protocol):
@@ -102,8 +100,8 @@ class Ranks(Protocol):
 
 
 def fit(
-    model: nn.Module, config: LoRAConfig, spec: Ranks, adapted: dict[str, str], saved: dict[str, str]
-) -> LoRAConfig:
+    model: nn.Module, config: AdapterConfig, spec: Ranks, adapted: dict[str, str], saved: dict[str, str]
+) -> AdapterConfig:
     """Write names out in `config` wherever its words do not give exactly these modules, ranks and scales.
 
     Args:
@@ -113,16 +111,12 @@ def fit(
         adapted: By name inside the transformers model, the full name of each module to adapt.
         saved: The same of the modules to train in full.
     """
-    if any(config.rank_for(full) != spec.rank(name) for name, full in adapted.items()):
-        ranks = {f"^{re.escape(full)}": spec.rank(name) for name, full in adapted.items()}
-        config = dataclasses.replace(config, r=spec.r, rank_pattern=ranks)
-    if any(config.alpha_for(full) != spec.alpha(name) for name, full in adapted.items()):
-        alphas = {f"^{re.escape(full)}": spec.alpha(name) for name, full in adapted.items()}
-        config = dataclasses.replace(config, lora_alpha=spec.lora_alpha, alpha_pattern=alphas)
+    if isinstance(config, LoRAConfig):
+        config = _with_ranks(config, spec, adapted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
         try:
-            found = find_targets(model, config)
+            found = method_of(config).targets(model, config)
         except TargetError:  # words that hold another attribute's name
             found = Targets([], [], [])
     if {clean_name(n) for n in found.saved} != {clean_name(n) for n in saved.values()}:
@@ -132,6 +126,17 @@ def fit(
         config = dataclasses.replace(
             config, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
+    return config
+
+
+def _with_ranks(config: LoRAConfig, spec: Ranks, adapted: dict[str, str]) -> LoRAConfig:
+    """Ranks and scales written out where the configuration's words do not give those of `spec`."""
+    if any(config.rank_for(full) != spec.rank(name) for name, full in adapted.items()):
+        ranks = {f"^{re.escape(full)}": spec.rank(name) for name, full in adapted.items()}
+        config = dataclasses.replace(config, r=spec.r, rank_pattern=ranks)
+    if any(config.alpha_for(full) != spec.alpha(name) for name, full in adapted.items()):
+        alphas = {f"^{re.escape(full)}": spec.alpha(name) for name, full in adapted.items()}
+        config = dataclasses.replace(config, lora_alpha=spec.lora_alpha, alpha_pattern=alphas)
     return config
 
 
@@ -163,7 +168,8 @@ def _shapes_for(
 ) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a folder must hold for a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for kind, names in ((linear_row(bool(folder.config.get("use_dora"))), adapted), (SAVED, saved)):
-        for name in names:
-            shapes |= kind.file_shapes(name, modules[name], folder.spec.rank(name))
+    config = folder.kind.read(folder.config, {})  # PEFT's file, not our record: whoever loads it goes by that
+    for name in [*adapted, *saved]:
+        kind = SAVED if name in saved else row_for(config, modules[name])
+        shapes |= kind.file_shapes(modules[name], Part(name, folder.spec.rank(name), config))
     return shapes

@@ -23,7 +23,8 @@ from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, Check
 from lightning_lora.io.atomic import recover
 from lightning_lora.io.integrity import check_digests, check_finite
 from lightning_lora.io.mapped_file import MappedFile
-from lightning_lora.io.peft_rules import Spec, check_types, refuse_unbuilt
+from lightning_lora.io.peft_rules import Spec, check_types
+from lightning_lora.io.peft_types import PeftType, type_of
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
 from lightning_lora.model.inner import inner_model
@@ -54,6 +55,11 @@ class AdapterFolder:
         self._copies = _base_copies(self._file.entries)
         self._keys = [key for key in self._file.entries if key not in self._copies]
 
+    @property
+    def kind(self) -> PeftType:
+        """How its configuration is read."""
+        return type_of(self.config, str(self.path / CONFIG))
+
     @classmethod
     def open(cls, dir: str | os.PathLike[str]) -> AdapterFolder:
         """Read the two JSON files of a folder and map the third: all three of one moment, or none.
@@ -82,7 +88,7 @@ class AdapterFolder:
             raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
         _check_there(path / CONFIG)
         config = read_json(path / CONFIG)
-        refuse_unbuilt(config, str(path / CONFIG))
+        type_of(config, str(path / CONFIG))
         check_types(config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()

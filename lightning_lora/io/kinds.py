@@ -8,24 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.folder import PREFIX
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.dora import MAGNITUDE, DoRALinear, magnified
-from lightning_lora.nn.linear import LoRALinear, linear_shape
+from lightning_lora.nn.ia3 import NAME as IA3
+from lightning_lora.nn.ia3 import IA3Linear
+from lightning_lora.nn.layers import linear_shape
+from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
 
 #: Shapes of tensors by name.
 Shapes = dict[str, tuple[int, ...]]
 #: Rank, ``lora_alpha``, ``use_rslora``, dropout.
 Words = tuple[int, float, bool, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of one adapted module before it is converted.
+
+    Args:
+        name: Of the module, inside the transformers model.
+        r: Rank; 0 for a method without one.
+        config: Of the adapter.
+    """
+
+    name: str
+    r: int
+    config: AdapterConfig
+
+
 #: (tensors by their names in the file, scale, weight of the base, whether it is ``(in, out)``, dtype to sum in) ->
 #: the weight with the adapter in it and the norm of what was added.
 Fold = Callable[[Mapping[str, Tensor], float, Tensor, bool, torch.dtype], tuple[Tensor, float]]
@@ -40,7 +61,7 @@ class AdapterKind:
     module: type[AdapterModule]
     file_name: Callable[[str], str]  # name inside the adapter module -> name in the file
     tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
-    shapes: Callable[[nn.Module, int], Shapes]  # (plain module, rank) -> by name inside, each tensor's shape
+    shapes: Callable[[nn.Module, Part], Shapes]  # (plain module, what it gets) -> by name inside, each tensor's shape
     fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
     names: tuple[str, ...] = ()  # inside every module of such a kind
 
@@ -49,15 +70,14 @@ class AdapterKind:
         """By name in the file, the name inside the module: of a kind with a rank and a scale."""
         return {self.file_name(own): own for own in self.names}
 
-    def file_shapes(self, name: str, plain: nn.Module, r: int) -> Shapes:
+    def file_shapes(self, plain: nn.Module, part: Part) -> Shapes:
         """What an adapter folder holds of one module.
 
         Args:
-            name: Of the module, inside the transformers model.
             plain: The user's module.
-            r: Rank.
+            part: What it gets.
         """
-        return {self.key(name, own): shape for own, shape in self.shapes(plain, r).items()}
+        return {self.key(part.name, own): shape for own, shape in self.shapes(plain, part).items()}
 
     def key(self, name: str, own: str) -> str:
         """The key in an adapter folder of a tensor by its name inside a module."""
@@ -82,9 +102,9 @@ def _dora_tensor(module: DoRALinear, name: str) -> Tensor:
     return module.magnitudes() if name == MAGNITUDE else _lora_tensor(module, name)
 
 
-def _lora_shapes(plain: nn.Module, r: int) -> Shapes:
+def _lora_shapes(plain: nn.Module, part: Part) -> Shapes:
     inn, out = linear_shape(plain)
-    return {"adapter.lora_A": (r, inn), "adapter.lora_B": (out, r)}
+    return {"adapter.lora_A": (part.r, inn), "adapter.lora_B": (out, part.r)}
 
 
 def _lora_fold(
@@ -101,8 +121,8 @@ def _lora_fold(
     return delta, update
 
 
-def _dora_shapes(plain: nn.Module, r: int) -> Shapes:
-    return {**_lora_shapes(plain, r), MAGNITUDE: (linear_shape(plain)[1],)}
+def _dora_shapes(plain: nn.Module, part: Part) -> Shapes:
+    return {**_lora_shapes(plain, part), MAGNITUDE: (linear_shape(plain)[1],)}
 
 
 def _dora_fold(
@@ -117,6 +137,12 @@ def _dora_fold(
 
 def _saved_tensor(module: SavedModule, name: str) -> Tensor:
     return module.value(name.removeprefix("trained."), module.strength).detach()
+
+
+def _ia3_shapes(plain: nn.Module, part: Part) -> Shapes:
+    inn, out = linear_shape(plain)
+    config = cast(IA3Config, part.config)
+    return {IA3: (1, inn) if config.is_feedforward(part.name) else (out, 1)}
 
 
 #: One row for every kind, the special before the general; who adds an adapter kind adds its row.
@@ -138,13 +164,19 @@ KINDS = (
         ("adapter.lora_A", "adapter.lora_B"),
     ),
     AdapterKind(
+        IA3Linear,
+        lambda name: name.removeprefix("adapter."),
+        lambda m, _: m.factors(m.ia3_l.dtype).detach(),
+        _ia3_shapes,
+    ),
+    AdapterKind(
         SavedModule,
         lambda name: name.removeprefix("trained."),
         _saved_tensor,
         lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
     ),
 )
-DORA, LORA, SAVED = KINDS
+DORA, LORA, IA3_ROW, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -168,8 +200,20 @@ def entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def linear_row(use_dora: bool) -> AdapterKind:
-    """The row of the adapters of linears by a configuration's word."""
+    """The row of LoRA's adapters of linears by a configuration's word."""
     return DORA if use_dora else LORA
+
+
+#: By configuration: (the configuration, the user's module) -> the row of what stands in the module's place.
+ROWS: dict[type[AdapterConfig], Callable[[Any, nn.Module], AdapterKind]] = {
+    LoRAConfig: lambda config, plain: linear_row(config.use_dora),
+    IA3Config: lambda config, plain: IA3_ROW,
+}
+
+
+def row_for(config: AdapterConfig, plain: nn.Module) -> AdapterKind:
+    """The row of what a configuration puts in the place of one of the user's modules."""
+    return ROWS[type(config)](config, plain)
 
 
 def kind_of(module: AdapterModule, raw: str) -> AdapterKind:

@@ -39,7 +39,7 @@ from lightning_lora.io.folder import CONFIG, PREFIX, WEIGHTS
 from lightning_lora.io.names import plain_modules
 from lightning_lora.io.peft_rules import Scale, shortest_spec
 from lightning_lora.model.inner import inner_model
-from lightning_lora.nn.linear import is_conv1d, linear_shape
+from lightning_lora.nn.layers import is_conv1d, linear_shape
 
 FILE, HYPERPARAMETERS, MODEL_CONFIG = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
 

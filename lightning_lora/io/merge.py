@@ -26,8 +26,8 @@ from lightning_lora.io.names import adapter_root, clean, parents, unwrap
 from lightning_lora.io.tied import untie_apart
 from lightning_lora.model.apply import is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
-from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule
 
@@ -113,7 +113,7 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     while todo:  # popped one by one, so that each old weight is freed before the next one is made
         names, module = todo.pop()
         plain = plain_module(module, dense)
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
             _measure(report, clean(names[0]), module, weight)
@@ -187,9 +187,9 @@ def _plain_tensors(root: nn.Module, dtype: str, report: MergeReport | None) -> I
     dense = dense_dtype(root)
     replaced = {name: module for names, module in replaceable(root) for name in names}
     for names, module in replaceable(root):
-        if isinstance(module, LoRALinear | PackedLinear):
+        if isinstance(module, AdaptedLayer | PackedLinear):
             weight = merged_weight(module, dense, wanted)
-            if report is not None and isinstance(module, LoRALinear):
+            if report is not None and isinstance(module, AdaptedLayer):
                 _measure(report, clean(names[0]), module, weight)
             weight = weight.cpu().contiguous()
             yield from ((f"{name}.weight" if name else "weight", weight) for name in names)
@@ -221,16 +221,16 @@ def dense_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def merged_weight(
-    module: LoRALinear | PackedLinear, dense: torch.dtype | None = None, dtype: torch.dtype | None = None
+    module: AdaptedLayer | PackedLinear, dense: torch.dtype | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The dense weight that a layer computes with, summed in fp32 and rounded once.
 
     Args:
-        module: `LoRALinear` or `PackedLinear`.
+        module: `AdaptedLayer` or `PackedLinear`.
         dense: Dtype of the result for a packed layer; that before packing if null.
         dtype: Dtype of the result, whatever the layer.
     """
-    base = module.replaced if isinstance(module, LoRALinear) else module
+    base = module.replaced if isinstance(module, AdaptedLayer) else module
     if isinstance(base, PackedLinear):
         dtype = dtype or dense or base.packed.source_dtype
     if isinstance(module, PackedLinear):
@@ -242,7 +242,7 @@ def merged_weight(
     return module.merged_weight(wide).to(dtype)
 
 
-def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.dtype | None) -> nn.Module:
+def plain_module(module: SavedModule | AdaptedLayer | PackedLinear, dense: torch.dtype | None) -> nn.Module:
     """The plain layer that an adapter module or a packed layer stands for, with its merged weight.
 
     Args:
@@ -255,7 +255,7 @@ def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.d
             parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
         return plain.requires_grad_(False)
     weight = merged_weight(module, dense)
-    layer = module.replaced if isinstance(module, LoRALinear) else module
+    layer = module.replaced if isinstance(module, AdaptedLayer) else module
     if isinstance(layer, PackedLinear):
         plain = empty_linear(layer)
         plain.register_parameter("bias", layer.bias)
@@ -263,6 +263,8 @@ def plain_module(module: SavedModule | LoRALinear | PackedLinear, dense: torch.d
         plain = copy.copy(layer)
         plain._parameters = dict(layer._parameters)
     plain.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if isinstance(module, AdaptedLayer) and (bias := module.merged_bias()) is not module.bias:
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return plain.train(module.training)
 
 
@@ -348,15 +350,18 @@ def _plain_name(name: str, replaced: Mapping[str, nn.Module]) -> str | None:
 
 
 def _strengthened(name: str, tensor: Tensor, replaced: Mapping[str, nn.Module]) -> Tensor:
-    """A saved module's tensor as the live model uses it: between original and trained, by its strength."""
+    """A saved module's tensor, between original and trained by its strength, or an adapted layer's bias, as in use."""
     owner = next((o for o in parents(name) if o in replaced), "")
     module = replaced.get(owner)
+    if isinstance(module, AdaptedLayer):  # of which nothing but the bias comes here
+        bias = module.merged_bias()
+        return tensor.detach() if bias is None else bias.detach()
     if not isinstance(module, SavedModule):
         return tensor.detach()
     return module.value(name.removeprefix(f"{owner}.trained."), module.strength if module.enabled else 0.0).detach()
 
 
-def _measure(report: MergeReport, name: str, module: LoRALinear, weight: Tensor) -> None:
+def _measure(report: MergeReport, name: str, module: AdaptedLayer, weight: Tensor) -> None:
     if module.vacant:
         return
     exact = module.merged_weight(torch.float32)

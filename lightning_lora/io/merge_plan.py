@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, MergeError, UnsupportedError
 from lightning_lora.io.folder import PREFIX, AdapterFolder
 from lightning_lora.io.kinds import AdapterKind, linear_row
@@ -52,7 +53,8 @@ class MergePlan:
     Raises:
         CheckpointError: The adapter folder is incomplete.
         MergeError: It does not fit the base.
-        UnsupportedError: Tied embeddings were trained and cannot be written apart.
+        UnsupportedError: It is of another method than LoRA, or tied embeddings were trained and cannot be
+            written apart.
     """
 
     def __init__(
@@ -60,6 +62,11 @@ class MergePlan:
     ) -> None:
         self.base, self.adapter, self.factors, self.config = base, adapter, factors, config
         self.changes: dict[str, Change] = {}  # by key of the merged model
+        if adapter.kind.config is not LoRAConfig:
+            raise UnsupportedError(
+                f"{adapter.path}: {adapter.kind.config.title} is not merged on disk: load it over the base and merge "
+                "in memory with `merge_adapters`, or use `MergeOnFitEnd`"
+            )
         self.kind = linear_row(bool(adapter.config.get("use_dora")))  # of what is folded in
         self.untied = False
         self._plan_adapters()

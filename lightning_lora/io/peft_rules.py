@@ -150,19 +150,16 @@ def shortest_spec(
     )
 
 
-def refuse_unbuilt(config: Mapping[str, Any], where: str) -> None:
-    """Refuse by name what an ``adapter_config.json`` asks for and this version cannot do.
+def refuse_unbuilt_lora(config: Mapping[str, Any], where: str) -> None:
+    """Refuse by name what an ``adapter_config.json`` of LoRA asks for and this version cannot do.
 
     Args:
         config: The parsed file.
         where: What to call it in the message.
 
     Raises:
-        UnsupportedError: Another method than plain LoRA, or a part of LoRA that is not built.
+        UnsupportedError: A part of LoRA that is not built.
     """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedError(f"{where}: `peft_type` is {kind!r}; this version reads LORA only.")
     for key in UNBUILT_KEYS:
         if config.get(key):
             raise UnsupportedError(f"{where}: `{key}` is {config[key]!r}; this version cannot load it.")

@@ -30,8 +30,8 @@ from lightning_lora.io.peft_rules import Spec
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.inner import inner_model
 from lightning_lora.model.targets import is_adaptable, matches
-from lightning_lora.nn.dora import DoRALinear
-from lightning_lora.nn.linear import LoRALinear, linear_shape
+from lightning_lora.nn.layers import linear_shape
+from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded
@@ -159,16 +159,13 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
             f"{saved} were trained in full (`modules_to_save`), which servers do not load: merge the model "
             '(`merge_adapters`, `merge_to_disk`), or write layout="peft" for PEFT alone'
         )
-    dora = next((name for name, module in adapters.items() if isinstance(module, DoRALinear)), None)
-    if dora is not None:
+    other = next((name for name, module in adapters.items() if "portable" not in module.built_for), None)
+    if other is not None:
         raise UnsupportedError(
-            f"{dora!r} is DoRA, whose magnitudes are no low-rank update: merge the model (`merge_adapters`, "
-            '`merge_to_disk`), or write layout="peft" for PEFT alone'
+            f"{other!r} is {adapters[other].title}, which is no low-rank update: merge the model (`merge_adapters`), "
+            'or write layout="peft" for PEFT alone'
         )
     linears = {name: module for name, module in adapters.items() if isinstance(module, LoRALinear)}
-    if len(linears) < len(adapters):
-        other = next(name for name in adapters if name not in linears)
-        raise UnsupportedError(f"{other!r}: a {type(adapters[other]).__name__} has no portable form: merge the model")
     tied = _tied_to_an_embedding(adapter_root(model)[1], linears)
     if tied:
         raise UnsupportedError(
@@ -247,7 +244,7 @@ def _target_names(names: set[str], plain: Mapping[str, nn.Module]) -> list[str]:
 def _own_config(model: nn.Module, spec: Spec, names: set[str]) -> LoRAConfig:
     """What `apply_lora` needs to make the adapters of a portable folder, over a base packed as in training."""
     record = adapter_record(model)
-    trained = record.config if record else LoRAConfig()
+    trained = record.config if record and isinstance(record.config, LoRAConfig) else LoRAConfig()
     excluded = trained.exclude_modules
     if excluded and any(matches(excluded, name) for name in names):
         excluded = None

@@ -16,9 +16,9 @@ from lightning_lora.io.folder import AdapterFolder
 from lightning_lora.io.kinds import Words, kind_of
 from lightning_lora.io.names import clean, inside
 from lightning_lora.model.apply import adapter_modules, adapter_slots
+from lightning_lora.model.methods import method_of
 from lightning_lora.model.plain import plain_view
-from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of
-from lightning_lora.model.targets import find_targets
+from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of, refuse_beside
 from lightning_lora.nn.adapter import AdapterModule, Held
 
 
@@ -47,10 +47,11 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
         config = dataclasses.replace(
             config, quantize=own.quantize, compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
         )
-        targets = find_targets(view, dataclasses.replace(config, quantize="none"))
+        refuse_beside(record, config)
+        targets = method_of(config).targets(view, dataclasses.replace(config, quantize="none"))
     prefix, _ = folder.root(view)
     files = folder.checked_tensors(record.verified)
-    add_slots(model, targets.adapted, targets.saved, config.use_dora)
+    add_slots(model, targets.adapted, targets.saved, config)
     wanted = {*targets.adapted, *targets.saved}
     parts = {
         module.slot: _part(folder, files, clean(inside(raw, prefix)), module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.bars import Bar, no_bar
-from lightning_lora.config import AdapterRecord, LoRAConfig
+from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig
 from lightning_lora.errors import (
     AdapterMismatchError,
     AlreadyAdaptedError,
@@ -26,11 +26,10 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import clean_name, inner_model, names_of
-from lightning_lora.model.targets import find_targets
+from lightning_lora.model.methods import method_of
 from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
 from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
-from lightning_lora.nn.dora import DoRALinear
-from lightning_lora.nn.linear import LoRALinear, is_conv1d, is_transparent
+from lightning_lora.nn.layers import is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
@@ -85,10 +84,37 @@ def apply_lora(
         QuantizationError: A layer that bitsandbytes quantized cannot be taken over.
     """
     if not isinstance(config, LoRAConfig):
-        raise ConfigError(f"`config` must be a LoRAConfig, got {config!r}; LoRAConfig.from_dict takes a dict")
+        raise ConfigError(
+            f"`config` must be a LoRAConfig, got {config!r}; LoRAConfig.from_dict takes a dict, `apply_adapters` the "
+            "configuration of another method"
+        )
+    return apply_adapters(model, config, device, bar)
+
+
+def apply_adapters(
+    model: nn.Module, config: AdapterConfig, device: torch.device | str | None = None, bar: Bar = no_bar
+) -> ApplyReport:
+    """`apply_lora` by any method: ``config`` says which, such as `IA3Config`.
+
+    Args:
+        model: See `apply_lora`.
+        config: What to adapt and how.
+        device: See `apply_lora`.
+        bar: See `apply_lora`.
+
+    Raises:
+        ConfigError: ``config`` is none.
+        AlreadyAdaptedError, TargetError, UnsupportedError, QuantizationError: See `apply_lora`.
+    """
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(
+            f"`config` must be the configuration of a method, such as LoRAConfig, got {config!r}; "
+            "LoRAConfig.from_dict takes a dict"
+        )
     _refuse_converted(model)
     prefix = inner_model(model)[0]
-    targets = find_targets(model, config)
+    method = method_of(config)
+    targets = method.targets(model, config)
     record = AdapterRecord(config, fingerprint(model, targets.saved))
     base_bytes = _count(model)[1]
     model.requires_grad_(False)
@@ -110,9 +136,7 @@ def apply_lora(
                 weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
                 layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
             if name in adapted:
-                layer = linear_kind(config)(
-                    layer, record, config.rank_for(*names_of(name, prefix)), config.alpha_for(*names_of(name, prefix))
-                )
+                layer = method.build(layer, record, names_of(name, prefix))
             _replace(model, paths[name], layer.train(original.training))
             advance(1)
     _close_fast_paths(model)
@@ -127,11 +151,6 @@ def apply_lora(
         fingerprint=record.fingerprint,
         quantize=config.quantize,
     )
-
-
-def linear_kind(config: LoRAConfig) -> type[LoRALinear]:
-    """What a configuration puts in the place of a linear layer."""
-    return DoRALinear if config.use_dora else LoRALinear
 
 
 @contextmanager

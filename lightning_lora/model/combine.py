@@ -31,7 +31,6 @@ from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.residents import check_name, keep_adapter, known, parts_of, record_of
 from lightning_lora.nn.adapter import Held
-from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.saved import SavedModule
 
 Combination = Literal["svd", "linear", "cat", "ties", "dare_linear", "dare_ties"]
@@ -84,10 +83,10 @@ def add_weighted_adapter(
         present = [(w, parts[module.slot]) for w, (_, parts) in zip(weights, held, strict=True) if module.slot in parts]
         if present and isinstance(module, SavedModule):
             raise UnsupportedError(f"{layer!r} is trained in full: only low-rank adapters are combined; merge instead")
-        if present and isinstance(module, DoRALinear):
+        if present and "combining" not in module.built_for:
             raise UnsupportedError(
-                f"{layer!r} is DoRA, whose update is not low-rank and has no factors to combine: merge the adapters "
-                "into models and average those"
+                f"{layer!r} is {module.title}, whose update has no two factors to combine: merge the adapters into "
+                "models and average those"
             )
         terms = [_term(weight, part) for weight, part in present]
         if terms and combination_type == "cat":
@@ -98,7 +97,13 @@ def add_weighted_adapter(
             _check_ranks(layer, terms, combination_type)
             combined[layer] = _summed(terms, combination_type, density, majority_sign_method, generator)
     rank = max(A.shape[0] for A, _ in combined.values())
-    config = _config(model, [c for c, _ in held], [set(p) for _, p in held], {slots[n].slot: n for n in combined}, rank)
+    config = _config(
+        model,
+        [c for c, _ in held if isinstance(c, LoRAConfig)],
+        [set(p) for _, p in held],
+        {slots[n].slot: n for n in combined},
+        rank,
+    )
     parts = {slots[layer].slot: _padded(A, B, rank, config) for layer, (A, B) in combined.items()}
     keep_adapter(model, name, config, parts)
 

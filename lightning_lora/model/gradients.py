@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`GradientCheck`: sees in the first optimizer steps whether the adapters learn at all.
 
-With B = 0 the gradient of A is zero at the first step and that of B is not; so B is what is looked at.
+With B = 0 the gradient of A is zero at the first step and that of B is not: looked at is what each kind of adapter
+names as `watched`.
 Steps are counted by layer, since several optimizers may share the adapters out and take turns.
 """
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import GradientError, Notice
 from lightning_lora.model.apply import adapter_modules
-from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.sharded import whole, whole_shape
 
 PATIENCE = 5
@@ -38,7 +38,7 @@ class GradientCheck:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {name: m for name, m in adapter_modules(model) if isinstance(m, LoRALinear)}
+        self._layers = {name: m for name, m in adapter_modules(model) if m.watched()}
         self._called: set[str] = set()
         self._hooks = [
             layer.register_forward_pre_hook(partial(self._note, name)) for name, layer in self._layers.items()
@@ -73,12 +73,18 @@ class GradientCheck:
             gradient: Gives a parameter's gradient, where the parameter does not hold it itself.
 
         Raises:
-            GradientError: A layer was called and its B has no gradient, or a zero one for `PATIENCE` steps.
+            GradientError: A layer was called and what it watches has no gradient, or a zero one for `PATIENCE` steps.
         """
         layers = {
-            name: m for name, m in self._layers.items() if id(m.lora_B) in parameters and whole_shape(m.lora_B).numel()
+            name: own
+            for name, m in self._layers.items()
+            if (own := [p for p in m.watched() if id(p) in parameters and whole_shape(p).numel()])
         }
-        grads = {name: grad for name, m in layers.items() if (grad := gradient(m.lora_B)) is not None}
+        grads = {
+            name: found
+            for name, own in layers.items()
+            if (found := [grad for p in own if (grad := gradient(p)) is not None])
+        }
         if not layers:
             return
         zero, finite = _judge(grads)
@@ -161,10 +167,11 @@ def check_loss(loss: Tensor) -> None:
         raise GradientError(f"the loss does not depend on anything that is trained. {_CAUSES}; no adapted layer in use")
 
 
-def _judge(grads: dict[str, Tensor]) -> tuple[set[str], bool]:
+def _judge(grads: dict[str, list[Tensor]]) -> tuple[set[str], bool]:
     """Names whose gradient is all zero, and whether all are finite; one transfer from the device."""
     if not grads:
         return set(), True
-    largest = torch.stack([whole(g.detach().abs().amax()).float().cpu() for g in grads.values()])
-    finite = bool(torch.isfinite(largest).all())
-    return {name for name, value in zip(grads, largest.tolist(), strict=True) if value == 0.0}, finite
+    largest = torch.stack([whole(g.detach().abs().amax()).float().cpu() for own in grads.values() for g in own])
+    owners = [name for name, own in grads.items() for _ in own]
+    moved = {name for name, value in zip(owners, largest.tolist(), strict=True) if value != 0.0}
+    return set(grads) - moved, bool(torch.isfinite(largest).all())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_lora.config import check_ratio
+from lightning_lora.config import LoRAConfig, check_ratio
 from lightning_lora.errors import ConfigError, OptimizerError, UnsupportedError
 from lightning_lora.model.apply import adapter_modules, adapter_record
 from lightning_lora.nn.linear import LoRALinear
@@ -53,7 +53,8 @@ def loraplus_param_groups(model: nn.Module, lr: float, loraplus_lr_ratio: float 
     record = adapter_record(model)
     if record is None:
         raise ConfigError("the model has no adapters; call `apply_lora` or `load_adapter` first")
-    ratio = record.config.loraplus_lr_ratio if loraplus_lr_ratio is None else loraplus_lr_ratio
+    configured = record.config.loraplus_lr_ratio if isinstance(record.config, LoRAConfig) else None
+    ratio = configured if loraplus_lr_ratio is None else loraplus_lr_ratio
     if ratio is None:
         raise ConfigError("`loraplus_lr_ratio` is neither given nor in the model's `LoRAConfig`; try 16")
     _, factors_B = _factors(model)

@@ -22,7 +22,6 @@ from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.residents import BASE, known, parts_of, record_of
 from lightning_lora.nn.adapter import AdapterModule, Held
-from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.functional import add_lora
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -118,8 +117,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 
 def _routed(label: str, module: AdapterModule, parts: dict[str, Held], routing: Routing) -> Callable[..., Any]:
-    if isinstance(module, DoRALinear):
-        raise UnsupportedError(f"{label!r} is DoRA, which is not built for `mixed_batch`: run one adapter at a time")
+    if "mixed_batch" not in module.built_for:
+        raise UnsupportedError(
+            f"{label!r} is {module.title}, which is not built for `mixed_batch`: run one adapter at a time"
+        )
     if isinstance(module, LoRALinear):
         return _routed_linear(module, parts, routing)
     if isinstance(module, SavedModule):

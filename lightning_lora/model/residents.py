@@ -21,16 +21,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import AdapterRecord, LoRAConfig, Waiting
+from lightning_lora.config import AdapterConfig, AdapterRecord, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_slots,
     adapter_slots_unnamed,
     first_slot,
-    linear_kind,
     put_layers,
 )
+from lightning_lora.model.methods import kind_name, linear_kind, stands_alone
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
@@ -138,7 +138,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     del record.waiting[name]
 
 
-def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping[int, Held]) -> None:
+def keep_adapter(model: nn.Module, name: str, config: AdapterConfig, parts: Mapping[int, Held]) -> None:
     """Let an adapter wait under a name, or take the place of the one of that name, in use or not.
 
     Args:
@@ -162,23 +162,24 @@ def keep_adapter(model: nn.Module, name: str, config: LoRAConfig, parts: Mapping
     record.config = config
 
 
-def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str], use_dora: bool = False) -> None:
+def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str], config: AdapterConfig) -> None:
     """Put vacant adapter modules where an adapter that is to come has a part and none stands yet.
 
     Args:
         model: A converted model.
         adapted: Names of its linears, packed ones too, as they are before conversion.
         saved: Names of modules that are trained in full.
-        use_dora: Whether the adapter that is to come is DoRA.
+        config: That of the adapter that is to come.
 
     Raises:
-        UnsupportedError: The adapter is DoRA and the model's are not, or the other way round. Or a module is trained
-            in full by one adapter and adapted inside by another, or has running
-            statistics that conversion froze.
+        UnsupportedError: The adapter is of another kind than the model's, or of one that stands alone. Or a module is
+            trained in full by one adapter and adapted inside by another, or has running statistics that conversion
+            froze.
     """
     record = record_of(model)
-    if use_dora != record.config.use_dora:
-        new, own = ("DoRA", "plain LoRA") if use_dora else ("plain LoRA", "DoRA")
+    refuse_beside(record, config)
+    if kind_name(config) != kind_name(record.config):
+        new, own = kind_name(config), kind_name(record.config)
         raise UnsupportedError(
             f"the adapter is {new} and the model's adapters are {own}: the two cannot share a model. Load it into a "
             "model of its own"
@@ -210,6 +211,20 @@ def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]
     put_layers(model, {**missing, **full})
     for added in (*missing.values(), *full.values()):
         added.learns = learns
+
+
+def refuse_beside(record: AdapterRecord, config: AdapterConfig) -> None:
+    """See that adapters of these methods may share a model.
+
+    Raises:
+        UnsupportedError: One of the two stands alone.
+    """
+    alone = next((c for c in (config, record.config) if stands_alone(c)), None)
+    if alone is not None:
+        raise UnsupportedError(
+            f"several adapters in one model are built for LoRA and DoRA, not for {alone.title}: load it into a model "
+            "of its own"
+        )
 
 
 def record_of(model: nn.Module) -> AdapterRecord:
@@ -352,7 +367,7 @@ def _fitted(module: AdapterModule, waiting: Waiting, record: AdapterRecord) -> H
     return module.fitted(part)
 
 
-def parts_of(model: nn.Module, name: str) -> tuple[LoRAConfig, dict[int, Held]]:
+def parts_of(model: nn.Module, name: str) -> tuple[AdapterConfig, dict[int, Held]]:
     """The configuration of an adapter, in use or waiting, and what it has in each module, by slot.
 
     Raises:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
 from lightning_lora.model.apply import adapter_modules, is_adapted
+from lightning_lora.model.unbuilt import refuse_unbuilt
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
@@ -71,6 +72,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str] = 
     check_plan(plan)
     if not is_adapted(model):
         raise UnsupportedError("only a model with adapters is sharded here: call `apply_lora(model, config)` first")
+    refuse_unbuilt(model, "fsdp2", "FSDP 2", {}, 'use the strategy "lora_ddp"')
     if is_fully_sharded(model):
         raise UnsupportedError("the model is sharded already; leave the sharding to one place")
     blocks = plan_blocks(model, plan)

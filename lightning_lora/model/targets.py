@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.config import AdapterConfig, matches_pattern
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
 from lightning_lora.model.inner import hf_models, inner_model, names_of, outermost
 from lightning_lora.nn.adopted import quantized_elsewhere
-from lightning_lora.nn.linear import is_conv1d
+from lightning_lora.nn.layers import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Targets:
     saved: list[str]
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     """Choose modules as ``config`` says.
 
     Raises:
@@ -109,6 +109,12 @@ def matches(spec: str | list[str], name: str, prefix: str = "") -> bool:
     return any(n == entry or n.endswith(f".{entry}") for n in names for entry in spec)
 
 
+def adaptable_suffixes(model: nn.Module, suffixes: Iterable[str]) -> list[str]:
+    """Those of ``suffixes`` that end the name of a linear layer of ``model``."""
+    names = list(_linears(model))
+    return [s for s in suffixes if any(name == s or name.endswith(f".{s}") for name in names)]
+
+
 def is_adaptable(module: nn.Module) -> bool:
     """Whether `LoRALinear` can stand in for ``module``: a linear layer that maps vectors to vectors."""
     return is_conv1d(module) or (isinstance(module, nn.Linear) and not _is_other_map(module))
@@ -158,7 +164,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _saved(model: nn.Module, config: LoRAConfig, prefix: str) -> list[str]:
+def _saved(model: nn.Module, config: AdapterConfig, prefix: str) -> list[str]:
     saved = []
     modules = {name: m for name, m in model.named_modules() if name}
     for entry in config.modules_to_save or []:
@@ -207,7 +213,7 @@ def _notice_no_head(names: list[str]) -> None:
     )
 
 
-def _in_layers(names: list[str], config: LoRAConfig) -> list[str]:
+def _in_layers(names: list[str], config: AdapterConfig) -> list[str]:
     wanted = config.layers_to_transform
     if wanted is None:
         return names
@@ -250,9 +256,9 @@ def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, 
         warnings.warn(f"`target_modules` entries {unmatched} match no linear layer{hints}", Notice, stacklevel=3)
 
 
-def _check_patterns(config: LoRAConfig, chosen: list[str], prefix: str) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field) or {}:
+def _check_patterns(config: AdapterConfig, chosen: list[str], prefix: str) -> None:
+    for field, table in config.patterns().items():
+        for key in table:
             if not any(matches_pattern(key, *names_of(name, prefix)) for name in chosen):
                 raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{_near(key, chosen)}")
 
@@ -272,7 +278,7 @@ def _say_untied(model: nn.Module, saved: list[str]) -> None:
         )
 
 
-def _check_other_owner(linears: dict[str, nn.Module], config: LoRAConfig) -> None:
+def _check_other_owner(linears: dict[str, nn.Module], config: AdapterConfig) -> None:
     taken = [name for name, m in linears.items() if quantized_elsewhere(m)]
     if taken and config.quantize != "none":
         raise UnsupportedError(
@@ -282,7 +288,7 @@ def _check_other_owner(linears: dict[str, nn.Module], config: LoRAConfig) -> Non
         )
 
 
-def _nothing_matched(model: nn.Module, config: LoRAConfig, linears: dict[str, nn.Module]) -> str:
+def _nothing_matched(model: nn.Module, config: AdapterConfig, linears: dict[str, nn.Module]) -> str:
     if not linears:
         return "the model has no linear layer to adapt (was it built yet? build it in __init__ or configure_model)"
     spec = config.target_modules

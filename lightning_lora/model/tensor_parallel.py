@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.nn.dora import DoRALinear
+from lightning_lora.model.unbuilt import refuse_unbuilt
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import Use
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 
@@ -48,6 +50,9 @@ def parallelize_adapted(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, P
             self.style = style
 
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            if isinstance(module, AdaptedLayer):
+                other: dict[Use, str] = {"fsdp2": "spread the model by FSDP 2 (`fsdp_plan`)"}
+                refuse_unbuilt(module, "tensor_parallel", "tensor parallelism", other, 'use the strategy "lora_ddp"')
             if not isinstance(module, LoRALinear):
                 return self.style._apply(module, device_mesh)
             if not isinstance(self.style, ColwiseParallel | RowwiseParallel):
@@ -67,10 +72,6 @@ def _cut(layer: LoRALinear, mesh: DeviceMesh, style: Any, column: bool) -> nn.Mo
         raise UnsupportedError(
             'a packed base cannot be cut by tensor parallelism: its codes are in blocks. Use `quantize="none"`, or '
             "spread it by FSDP 2 (`fsdp_plan`)"
-        )
-    if isinstance(layer, DoRALinear):
-        raise UnsupportedError(
-            "DoRA (`use_dora`) is not built for tensor parallelism: spread the model by FSDP 2 (`fsdp_plan`)"
         )
     if layer.lora_dropout > 0.0:
         raise UnsupportedError("`lora_dropout` is not built for tensor parallelism: set it to 0")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class Held(NamedTuple):
         return self._replace(tensors={name: tensor.detach() for name, tensor in self.tensors.items()})
 
 
+#: What a kind of adapter has to be built for, beyond one device, DDP, checkpoints, folders and switching off.
+Use = Literal["fsdp1", "fsdp2", "deepspeed", "tensor_parallel", "mixed_batch", "combining", "portable", "beside"]
+
+
 class AdapterModule(nn.Module):
     """Base of every module that replaces one of the user's. Adapters are known by this type, never by name.
 
@@ -42,6 +46,11 @@ class AdapterModule(nn.Module):
     Args:
         record: What `apply_lora` did, shared by all modules of one call.
     """
+
+    #: What texts call this kind.
+    title: ClassVar[str] = "this method"
+    #: What it was built for; all else is refused by name.
+    built_for: ClassVar[frozenset[Use]] = frozenset()
 
     def __init__(self, record: AdapterRecord) -> None:
         super().__init__()
@@ -73,6 +82,10 @@ class AdapterModule(nn.Module):
     def added(self) -> nn.Module:
         """The part of this module that conversion put beside the user's: it holds what an adapter has here."""
         raise NotImplementedError
+
+    def watched(self) -> list[nn.Parameter]:
+        """Parameters of which one at least has a gradient other than zero at the first step of any sound run."""
+        return []
 
     def successors(self) -> dict[str, list[nn.Parameter]]:
         """By name of a parameter of the user's module, the parameters that training moves in its stead."""

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.functional import WeightOf, needs_eager, no_autocast
-from lightning_lora.nn.linear import LoRAAdapter, LoRALinear, is_transparent
+from lightning_lora.nn.layers import is_transparent
+from lightning_lora.nn.linear import LoRAAdapter, LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 
 MAGNITUDE = "adapter.lora_magnitude_vector"
@@ -82,6 +83,9 @@ class DoRALinear(LoRALinear):
     Raises:
         UnsupportedError: The base is on the meta device.
     """
+
+    title = "DoRA (`use_dora`)"
+    built_for = frozenset({"fsdp2", "beside"})
 
     def _new_adapter(self, **kwargs: Any) -> LoRAAdapter:
         weight = self.base_weight(torch.promote_types(self.weight.dtype, torch.float32))
@@ -193,7 +197,7 @@ class DoRALinear(LoRALinear):
         if isinstance(base, PackedLinear):
             weight: WeightOf = base.matrix
         elif is_transparent(base):
-            weight = self._dense_matrix
+            weight = self.dense_matrix
         else:
             return None
         return x, self.lora_A, self.lora_B, weight, self.adapter.factor
@@ -217,7 +221,7 @@ class DoRALinear(LoRALinear):
             if isinstance(base, PackedLinear):
                 weight = base.matrix(base.compute_dtype or base.packed.source_dtype)
             else:
-                weight = self._dense_matrix(self.weight.dtype)
+                weight = self.dense_matrix(self.weight.dtype)
             return row_norm(weight, adapter.base_norm, adapter.lora_A, adapter.lora_B, scale)
 
 

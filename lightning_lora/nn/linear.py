@@ -12,16 +12,17 @@ W (out, in), frozen    A (r, in)     s = lora_alpha / r
 from __future__ import annotations
 
 import math
-import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import AdapterRecord, scaling
+from lightning_lora.config import AdapterRecord, LoRAConfig, scaling
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.nn.adapter import AdapterModule, Held, KeepsDType, torch_dtype
+from lightning_lora.nn.adapted import AdaptedLinear
+from lightning_lora.nn.adapter import Held, KeepsDType, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
+from lightning_lora.nn.layers import device_of, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
 
 
@@ -69,7 +70,7 @@ class LoRAAdapter(KeepsDType):
         return f"A={tuple(self.lora_A.shape)}, B={tuple(self.lora_B.shape)}, {self.lora_A.dtype}"
 
 
-class LoRALinear(AdapterModule):
+class LoRALinear(AdaptedLinear):
     """A frozen ``base_layer`` and the adapter that is added to its output.
 
     Args:
@@ -79,22 +80,24 @@ class LoRALinear(AdapterModule):
         lora_alpha: Numerator of the scale.
     """
 
+    title = "LoRA"
+    built_for = frozenset(
+        {"fsdp1", "fsdp2", "deepspeed", "tensor_parallel", "mixed_batch", "combining", "portable", "beside"}
+    )
+
     def __init__(self, base_layer: nn.Module, record: AdapterRecord, r: int, lora_alpha: float) -> None:
-        super().__init__(record)
-        config = record.config
-        self.base_layer = base_layer
+        super().__init__(base_layer, record)
+        config = cast(LoRAConfig, record.config)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = config.lora_dropout
         self.use_rslora = config.use_rslora
-        self.fan_in_fan_out = is_conv1d(base_layer) or getattr(base_layer, "fan_in_fan_out", False)
-        self.in_features, self.out_features = linear_shape(base_layer)
-        self.adapter = self._new_adapter(
+        self.adapter: LoRAAdapter = self._new_adapter(
             in_features=self.in_features,
             out_features=self.out_features,
             r=r,
             init=config.init_lora_weights,
-            device=_device(base_layer),
+            device=device_of(base_layer),
             dtype=torch_dtype(config.adapter_dtype),
         )
         if r == 0:
@@ -137,29 +140,9 @@ class LoRALinear(AdapterModule):
         if factor != adapter.factor:
             adapter.rescale(factor)
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, for code that looks at it (its dtype, say); without the update."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
-
-    @property
-    def replaced(self) -> nn.Module:
-        """See `AdapterModule.replaced`: the base layer."""
-        return self.base_layer
-
-    @property
-    def added(self) -> nn.Module:
-        """See `AdapterModule.added`: the factors."""
-        return self.adapter
-
-    def successors(self) -> dict[str, list[nn.Parameter]]:
-        """See `AdapterModule.successors`: all that is trained, in place of the weight."""
-        return {"weight": list(self.adapter.parameters())}
+    def watched(self) -> list[nn.Parameter]:
+        """B: while it is zero, the gradient of A is too."""
+        return [self.lora_B]
 
     def own_names(self) -> list[str]:
         """``adapter.lora_A`` and ``adapter.lora_B``."""
@@ -258,14 +241,6 @@ class LoRALinear(AdapterModule):
         """Whether B is exactly zero."""
         return not bool(self.lora_B.detach().any())
 
-    def base_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense (dequantized) frozen weight in the base layer's own layout, without gradient."""
-        if isinstance(self.base_layer, PackedLinear):
-            packed = self.base_layer.packed
-            return packed.dequantize(dtype or packed.source_dtype)
-        weight = self.weight.detach()
-        return weight if dtype is None else weight.to(dtype)
-
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``strength * scaling * B A`` in the base layer's own layout; computed in fp32 at least."""
@@ -273,19 +248,13 @@ class LoRALinear(AdapterModule):
         delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(self.scaling * self.strength)
         return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
 
-    def merged_weight(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight that the module computes with, switched off or not, in the base layer's own layout."""
-        if not self.enabled or self.strength == 0.0:
-            return self.base_weight(dtype)
-        return self.base_weight(dtype) + self.delta_weight(dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in)``; the output ``(..., out)`` has the dtype that the base layer would give it."""
         in_use = self.enabled and not self.vacant
         return self._compute(x, in_use and (torch.compiler.is_compiling() or self.strength != 0.0))
 
     def base_output(self, x: Tensor) -> Tensor:
-        """What `forward` gives without an adapter."""
+        """See `AdaptedLayer.base_output`."""
         return self._compute(x, active=False)
 
     def _compute(self, x: Tensor, active: bool) -> Tensor:
@@ -301,7 +270,7 @@ class LoRALinear(AdapterModule):
         if isinstance(base, PackedLinear):
             dtype, weight = compute_dtype(x, base.compute_dtype), base.matrix
         elif is_transparent(base) and (base.weight.dtype == x.dtype or is_autocast(x)):
-            dtype, weight = wanted, self._dense_matrix
+            dtype, weight = wanted, self.dense_matrix
         else:  # its forward must run: it computes in its own way or carries hooks, or torch refuses the dtypes
             y = base(x)
             if not active:
@@ -311,38 +280,6 @@ class LoRALinear(AdapterModule):
         use = 0 if compiling else self.record.use
         return lora_linear(x.to(dtype), weight, base.bias, A, B, scale, dropout, use).to(wanted)  # type: ignore[arg-type]
 
-    def _dense_matrix(self, dtype: torch.dtype) -> Tensor:
-        weight = self.weight.to(dtype)
-        return weight.t() if self.fan_in_fan_out else weight
-
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:.4g}"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``, a linear layer with its weight stored ``(in, out)``."""
-    utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: no such module can exist
-    return utils is not None and isinstance(module, utils.Conv1D)
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """``(in_features, out_features)`` of anything that `LoRALinear` takes as its base."""
-    if is_conv1d(layer):
-        inn, out = layer.weight.shape  # type: ignore[misc]
-        return inn, out
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
-
-
-def _device(layer: nn.Module) -> torch.device:
-    return next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
-
-
-def is_transparent(base: nn.Module) -> bool:
-    """Whether ``base`` is exactly ``x W^T + b``, frozen and without hooks, so that it may be computed here."""
-    forward = type(base).forward
-    plain = forward is nn.Linear.forward or (is_conv1d(base) and type(base).__name__ == "Conv1D")
-    # nn.Module has no public view of its hooks; `forward` on the instance is how accelerate hooks a module.
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-    trained = any(p is not None and p.requires_grad for p in base._parameters.values())
-    return plain and not hooked and not trained

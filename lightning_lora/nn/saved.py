@@ -23,6 +23,9 @@ class SavedModule(AdapterModule):
         record: Shared by all modules of one `apply_lora`.
     """
 
+    title = "`modules_to_save`"
+    built_for = frozenset({"fsdp2", "deepspeed", "tensor_parallel", "mixed_batch", "beside"})
+
     def __init__(self, original: nn.Module, record: AdapterRecord) -> None:
         super().__init__(record)
         self.training = original.training

@@ -22,7 +22,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, MissingDependencyError, Notice
 from lightning_lora.model.targets import Targets, find_heads, find_targets
-from lightning_lora.nn.linear import is_conv1d, linear_shape
+from lightning_lora.nn.layers import is_conv1d, linear_shape
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.planning.decoders import Decoder, DecoderConfig, context_length, known_decoder
 

@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, MissingDependencyError, Notice, UnsupportedError
 from lightning_lora.io.checkpoint import KEY, check_metadata, naming
 from lightning_lora.io.checkpoint_file import read_checkpoint, write_checkpoint
@@ -40,7 +41,7 @@ from lightning_lora.nn.sharded import whole
 from lightning_lora.strategies.ddp import compare_ranks, frozen_base
 from lightning_lora.strategies.sharded import ShardedStateMixin
 from lightning_lora.strategies.state import AdapterStateMixin
-from lightning_lora.strategies.zero_options import refuse_options
+from lightning_lora.strategies.zero_options import refuse_adapters, refuse_options
 
 ADAPTERS = "adapters.ckpt"
 ENGINE = "checkpoint"  # the tag that Lightning gives DeepSpeed, which makes a folder of it
@@ -77,8 +78,8 @@ class DeepSpeedStateMixin(ShardedStateMixin):
         module = self._converted_module()
         record = adapter_record(module)
         packed = record is not None and record.config.quantize != "none"
-        dora = record is not None and record.config.use_dora
-        refuse_options(self.config, self.load_full_weights, self.remote_device, packed, dora)
+        refuse_adapters(module)
+        refuse_options(self.config, self.load_full_weights, self.remote_device, packed)
         self.exclude_frozen_parameters = True
         if self.world_size > 1 and record is not None and not is_sharded_model(module):
             compare_ranks([(record.fingerprint or {}).get("digest"), digest(frozen_base(module).values())])
@@ -201,7 +202,8 @@ class DeepSpeedStateMixin(ShardedStateMixin):
         stage = self.config["zero_optimization"]["stage"]
         kind = {"stage": stage, "processes": self.world_size, "precision": self.precision_plugin.precision}
         record = adapter_record(self._converted_module())
-        ratio = None if record is None else record.config.loraplus_lr_ratio
+        config = None if record is None else record.config
+        ratio = config.loraplus_lr_ratio if isinstance(config, LoRAConfig) else None
         return {**kind, "loraplus_lr_ratio": ratio}  # None in checkpoints that were written before there was one
 
     def _trained_value(self, tensor: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import check_plan, plan_blocks, without_units
-from lightning_lora.nn.dora import DoRALinear
+from lightning_lora.model.unbuilt import refuse_unbuilt
+from lightning_lora.nn.adapter import Use
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.ranks import gather
@@ -58,16 +59,9 @@ class FSDPStateMixin(ShardedStateMixin):
         compare_bases(module, self.world_size)
         self._shapes = {name: tensor.shape for name, tensor in adapter_state_dict(module).items()}
         self._store_codes(module)
-        adapters = [m for _, m in adapter_modules(module)]
-        if any(not isinstance(m, LoRALinear) for m in adapters):
-            raise UnsupportedError(
-                '`modules_to_save` is not built for FSDP 1: use the strategy "lora_model_parallel" (FSDP 2)'
-            )
-        if any(isinstance(m, DoRALinear) for m in adapters):
-            raise UnsupportedError(
-                'DoRA (`use_dora`) is not built for FSDP 1: use the strategy "lora_model_parallel" (FSDP 2)'
-            )
-        units: set[nn.Module] = {m.adapter for m in adapters if isinstance(m, LoRALinear)}
+        fsdp2: dict[Use, str] = {"fsdp2": 'use the strategy "lora_model_parallel" (FSDP 2)'}
+        refuse_unbuilt(module, "fsdp1", "FSDP 1", fsdp2, 'use the strategy "lora_ddp"')
+        units: set[nn.Module] = {m.added for _, m in adapter_modules(module)}
         policy = self.kwargs.get("auto_wrap_policy")
         self.kwargs["auto_wrap_policy"] = _with_units(policy, {*units, *self._blocks(module)})
 

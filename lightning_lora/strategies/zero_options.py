@@ -5,12 +5,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.model.unbuilt import refuse_unbuilt
+from lightning_lora.nn.adapter import Use
 
 
-def refuse_options(
-    config: dict[str, Any], full_weights: bool, remote_device: str | None, packed: bool = False, dora: bool = False
-) -> None:
+def refuse_adapters(model: nn.Module) -> None:
+    """See that the adapters of ``model`` were built for DeepSpeed.
+
+    Raises:
+        UnsupportedError: They were not; the text says what to use.
+    """
+    fsdp2: dict[Use, str] = {"fsdp2": 'use "lora_ddp" or, for FSDP 2, "lora_model_parallel"'}
+    refuse_unbuilt(model, "deepspeed", "DeepSpeed", fsdp2, 'use "lora_ddp"')
+
+
+def refuse_options(config: dict[str, Any], full_weights: bool, remote_device: str | None, packed: bool = False) -> None:
     """See that DeepSpeed's options go with adapters.
 
     Args:
@@ -18,15 +30,10 @@ def refuse_options(
         full_weights: Lightning's ``load_full_weights``.
         remote_device: Lightning's ``remote_device``.
         packed: Whether the base is quantized.
-        dora: Whether the adapters are DoRA.
 
     Raises:
         UnsupportedError: One does not; the text says what to do.
     """
-    if dora:
-        raise UnsupportedError(
-            'DoRA (`use_dora`) is not built for DeepSpeed: use "lora_ddp" or, for FSDP 2, "lora_model_parallel"'
-        )
     zero, files = config.get("zero_optimization") or {}, config.get("checkpoint") or {}
     if zero.get("stage", 0) not in (1, 2, 3):
         raise UnsupportedError(

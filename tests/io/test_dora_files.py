@@ -114,9 +114,12 @@ def test_residents_are_swapped_with_their_magnitudes(tmp_path: Path) -> None:
         assert error(model(torch.arange(48).view(3, 16) % 64).logits, wants[name]) < 1e-6
     with disable_adapters(model):
         assert torch.equal(model(torch.arange(48).view(3, 16) % 64).logits, base)
-    with pytest.raises(UnsupportedError, match="DoRA, which is not built for `mixed_batch`"), mixed_batch(model, ["a"]):
+    with (
+        pytest.raises(UnsupportedError, match=r"DoRA \(`use_dora`\), which is not built for `mixed_batch`"),
+        mixed_batch(model, ["a"]),
+    ):
         pass
-    with pytest.raises(UnsupportedError, match="is DoRA, whose update is not low-rank"):
+    with pytest.raises(UnsupportedError, match=r"is DoRA \(`use_dora`\), whose update has no two factors"):
         add_weighted_adapter(model, ["a", "b"], [0.5, 0.5], "sum")
     adapter_folder(tmp_path / "lora", tiny_llama, 5, r=4)
     with pytest.raises(UnsupportedError, match="the adapter is plain LoRA and the model's adapters are DoRA"):
@@ -135,7 +138,7 @@ def test_what_loaders_say_of_it(tmp_path: Path) -> None:
         "tgi": ["dora", "rank_step", "base_name"],
         "llama.cpp": ["dora", "base_name"],
     }
-    with pytest.raises(UnsupportedError, match="is DoRA, whose magnitudes are no low-rank update"):
+    with pytest.raises(UnsupportedError, match=r"is DoRA \(`use_dora`\), which is no low-rank update"):
         save_adapter(model, tmp_path / "p", layout="portable")
     facts = adapter_facts(tmp_path / "a")
     assert (len(facts.modules), facts.saved, facts.config["use_dora"]) == (14, [], True)

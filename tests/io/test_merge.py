@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, MergeError
 from lightning_lora.io.merge import merge_adapters, merged_tensors
 from lightning_lora.model.apply import apply_lora, is_adapted, set_adapter_scale
-from lightning_lora.nn.linear import is_conv1d
+from lightning_lora.nn.layers import is_conv1d
 from tests.helpers import LM, TinyNet, named_tensors, random_adapters, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 61

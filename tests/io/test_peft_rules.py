@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.io.peft_rules import Scale, Spec, refuse_unbuilt, shortest_spec
+from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
+from lightning_lora.io.peft_types import type_of
 
 PARTS = st.sampled_from(["layers", "blocks", "0", "1", "2", "q", "k", "fc", "head", "lm_head", "mlp"])
 NAME = st.lists(PARTS, min_size=1, max_size=5).map(".".join)
@@ -132,7 +133,7 @@ def test_an_adapted_module_below_a_saved_name_takes_the_full_path_of_the_saved_o
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "`peft_type` is 'IA3'"),
+        ({"peft_type": "XLORA"}, "`peft_type` is 'XLORA'; this version reads .*LORA"),
         ({"bias": "all"}, "`bias` is 'all'"),
         ({"lora_bias": True}, "`lora_bias`"),
         ({"target_parameters": ["experts"]}, "`target_parameters`"),
@@ -143,6 +144,6 @@ def test_an_adapted_module_below_a_saved_name_takes_the_full_path_of_the_saved_o
     ],
 )
 def test_what_is_not_built_is_refused_by_name(change, message) -> None:
-    refuse_unbuilt({"peft_type": "LORA", "bias": "none", "a_key_of_tomorrow": 3}, "file")
+    type_of({"peft_type": "LORA", "bias": "none", "a_key_of_tomorrow": 3}, "file")
     with pytest.raises(UnsupportedError, match=message):
-        refuse_unbuilt({"peft_type": "LORA"} | change, "file")
+        type_of({"peft_type": "LORA"} | change, "file")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.config import AdapterRecord, LoRAConfig
-from lightning_lora.nn.linear import LoRALinear, is_conv1d
+from lightning_lora.nn.layers import is_conv1d
+from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 
 BASES = ("none", "nf4", "nf4-dq", "fp4", "int8")

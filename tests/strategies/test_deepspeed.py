@@ -17,13 +17,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
+from torch import nn
 
 from lightning_lora import AdapterDeepSpeedStrategy, LoRAConfig, adapter_state_dict, apply_lora, load_from_checkpoint
 from lightning_lora.errors import CheckpointError, ConfigError, MissingDependencyError, Notice, UnsupportedError
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.zero_files import check_pickles
 from lightning_lora.strategies.deepspeed import adapters_only
-from lightning_lora.strategies.zero_options import refuse_options
+from lightning_lora.strategies.zero_options import refuse_adapters, refuse_options
 from tests.helpers import LM, loader, tiny_llama
 
 SCRIPT = Path(__file__).parent / "deepspeed_runs.py"
@@ -202,8 +203,13 @@ def test_options_that_go_with_adapters() -> None:
     offload = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
     refuse_options(ZERO, full_weights=False, remote_device=None, packed=True)
     refuse_options(offload, full_weights=False, remote_device=None, packed=False)
-    with pytest.raises(UnsupportedError, match=r"DoRA \(`use_dora`\) is not built for DeepSpeed"):
-        refuse_options(ZERO, full_weights=False, remote_device=None, dora=True)
+
+
+def test_dora_does_not_go_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    apply_lora(model, LoRAConfig(r=2, use_dora=True))
+    with pytest.raises(UnsupportedError, match=r"DoRA \(`use_dora`\) is not built for DeepSpeed: .*FSDP 2"):
+        refuse_adapters(model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PEFT_TYPES`: how each method's configuration stands in PEFT's ``adapter_config.json``, both ways; a row a method.
+
+What all methods have in common there (which modules, base, task) is written and read in one place, by
+`lightning_lora.io.peft_rules`; a row has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
+from lightning_lora.errors import UnsupportedError
+from lightning_lora.io.peft_rules import Spec, refuse_unbuilt_lora
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Modules of a live model, as a row writes them.
+
+    Args:
+        spec: PEFT's words for which modules are adapted, with which rank and scale.
+        names: Of the adapted modules, inside the transformers model.
+        transposed: Whether a weight among them is stored ``(in, out)``.
+    """
+
+    spec: Spec
+    names: list[str]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class PeftType:
+    """One value of PEFT's ``peft_type``.
+
+    Args:
+        name: The value.
+        config: Our configuration for it.
+        read: (the parsed file, arguments that all methods share) -> our configuration.
+        write: (our configuration, modules) -> what the file has beside what all methods share; also which of
+            `Spec`'s words it takes.
+        refuse: (the parsed file, what to call it): raises for what the file asks for and is not built.
+        layers: Whether the file has ``layers_to_transform``.
+        by_names: Whether the file's patterns say which modules are adapted; else the method's own rule does.
+    """
+
+    name: str
+    config: type[AdapterConfig]
+    read: Callable[[Mapping[str, Any], dict[str, Any]], AdapterConfig]
+    write: Callable[[Any, Chosen], dict[str, Any]]
+    refuse: Callable[[Mapping[str, Any], str], None] = lambda config, where: None
+    layers: bool = True
+    by_names: bool = True
+
+
+def _read_lora(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    spec = Spec.from_json(config)
+    return LoRAConfig(
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=config.get("lora_dropout") or 0.0,
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        **shared,
+    )
+
+
+def _write_lora(config: LoRAConfig, chosen: Chosen) -> dict[str, Any]:
+    return {
+        "bias": "none",
+        "r": chosen.spec.r,
+        "lora_alpha": chosen.spec.lora_alpha,
+        "rank_pattern": chosen.spec.rank_pattern,
+        "alpha_pattern": chosen.spec.alpha_pattern,
+        "lora_dropout": config.lora_dropout,
+        "fan_in_fan_out": chosen.transposed,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
+    }
+
+
+def _read_ia3(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    return IA3Config(feedforward_modules=config.get("feedforward_modules") or [], **shared)
+
+
+def _write_ia3(config: IA3Config, chosen: Chosen) -> dict[str, Any]:
+    rescaled = [name for name in chosen.names if config.is_feedforward(name)]
+    others = [name for name in chosen.names if name not in rescaled]
+    endings = sorted({name.rpartition(".")[2] for name in rescaled})
+    short = not any(name.endswith(ending) for name in others for ending in endings)
+    return {
+        "feedforward_modules": endings if short else sorted(rescaled),
+        "fan_in_fan_out": chosen.transposed,
+        "init_ia3_weights": True,
+    }
+
+
+_ROWS = (
+    PeftType("LORA", LoRAConfig, _read_lora, _write_lora, refuse_unbuilt_lora),
+    PeftType("IA3", IA3Config, _read_ia3, _write_ia3, layers=False),
+)
+
+PEFT_TYPES: dict[str, PeftType] = {row.name: row for row in _ROWS}
+
+
+def type_of(config: Mapping[str, Any], where: str) -> PeftType:
+    """The row of a parsed ``adapter_config.json``.
+
+    Args:
+        config: The parsed file.
+        where: What to call it in the message.
+
+    Raises:
+        UnsupportedError: A method, or a part of one, that is not built.
+    """
+    kind = config.get("peft_type")
+    row = PEFT_TYPES.get(kind) if isinstance(kind, str) else None
+    if row is None:
+        raise UnsupportedError(
+            f"{where}: `peft_type` is {kind!r}; this version reads {', '.join(sorted(PEFT_TYPES))} only."
+        )
+    row.refuse(config, where)
+    return row
+
+
+def type_for(config: AdapterConfig) -> PeftType:
+    """The row of one of our configurations.
+
+    Raises:
+        UnsupportedError: PEFT has no such method.
+    """
+    row = next((row for row in PEFT_TYPES.values() if row.config is type(config)), None)
+    if row is None:
+        raise UnsupportedError(f"PEFT has no format for {config.title}: keep its checkpoint")
+    return row

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`METHODS`: by configuration, which modules of a model are adapted and what is put in their places.
+
+Conversion (`apply`), other adapters beside the first (`residents`) and loading go by this table; who adds a method adds
+its row here, its configuration in `config`, and the row of what it keeps in files in `io.kinds`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_lora.config import AdapterConfig, AdapterRecord, IA3Config, LoRAConfig
+from lightning_lora.errors import TargetError
+from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets
+from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.nn.dora import DoRALinear
+from lightning_lora.nn.ia3 import IA3Linear
+from lightning_lora.nn.linear import LoRALinear
+
+#: (module that is replaced, record, the module's names) -> what stands in its place.
+Build = Callable[[nn.Module, AdapterRecord, tuple[str, ...]], AdapterModule]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method converts a model.
+
+    Args:
+        build: Makes the module that stands in the place of one of the user's. Its configuration is the record's.
+        beside: Whether several of its adapters may share a model.
+        targets: Chooses modules; linears, as ``target_modules`` says, if not given.
+    """
+
+    build: Build
+    beside: bool = False
+    targets: Callable[[nn.Module, Any], Targets] = find_targets
+
+
+def _lora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
+    config = record.config
+    return linear_kind(config)(layer, record, config.rank_for(*names), config.alpha_for(*names))
+
+
+def _ia3(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
+    return IA3Linear(layer, record, cast(IA3Config, record.config).is_feedforward(*names))
+
+
+def _ia3_targets(model: nn.Module, config: IA3Config) -> Targets:
+    """Those of "auto" are the names that lead to a linear layer here."""
+    if config.suffixes is None:
+        return find_targets(model, config)
+    found = adaptable_suffixes(model, config.suffixes)
+    if not found:
+        raise TargetError(
+            '`target_modules="auto"` knows no layer of this model by name: name its keys, values and feed-forwards in '
+            "`target_modules`, and of these the feed-forwards in `feedforward_modules`"
+        )
+    return find_targets(model, dataclasses.replace(config, target_modules=found, feedforward_modules=None))
+
+
+METHODS: dict[type[AdapterConfig], Method] = {
+    LoRAConfig: Method(_lora, beside=True),
+    IA3Config: Method(_ia3, targets=_ia3_targets),
+}
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The row of a configuration."""
+    return METHODS[type(config)]
+
+
+def linear_kind(config: AdapterConfig) -> type[LoRALinear]:
+    """What a configuration of LoRA puts in the place of a linear layer."""
+    return DoRALinear if is_dora(config) else LoRALinear
+
+
+def kind_name(config: AdapterConfig) -> str:
+    """What a configuration puts into linears, in a text; those of one name may share a model."""
+    if not isinstance(config, LoRAConfig):
+        return config.title
+    return "DoRA" if config.use_dora else "plain LoRA"
+
+
+def stands_alone(config: AdapterConfig) -> bool:
+    """Whether an adapter of this configuration cannot share a model with others."""
+    return not method_of(config).beside
+
+
+def is_dora(config: AdapterConfig) -> bool:
+    """Whether a configuration is DoRA's."""
+    return isinstance(config, LoRAConfig) and config.use_dora
