@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lightning_lora.callbacks.adalora import AdaLoRA
     from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
     from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
     from lightning_lora.callbacks.adapter_summary import AdapterSummary
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.replay_mix import ReplayMix
     from lightning_lora.callbacks.run_report import RunReport
     from lightning_lora.callbacks.scale_sweep import ScaleSweep
+    from lightning_lora.callbacks.vera import VeRA
     from lightning_lora.causal_lm.datamodule import InstructionDataModule
     from lightning_lora.causal_lm.module import CausalLMModule
-    from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
+    from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
     from lightning_lora.io.loaders import validate_adapter
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from lightning_lora.strategies.state import AdapterStateMixin
 
 _HOME = {
+    "AdaLoRA": "callbacks.adalora",
+    "AdaLoRAConfig": "config",
     "IA3": "callbacks.ia3",
     "IA3Config": "config",
     "AdapterConfig": "config",
@@ -87,6 +91,8 @@ _HOME = {
     "ReplayMix": "callbacks.replay_mix",
     "RunReport": "callbacks.run_report",
     "ScaleSweep": "callbacks.scale_sweep",
+    "VeRA": "callbacks.vera",
+    "VeRAConfig": "config",
     "active_adapter": "model.residents",
     "adapter_state_dict": "model.apply",
     "add_weighted_adapter": "model.combine",
@@ -112,6 +118,8 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaLoRA",
+    "AdaLoRAConfig",
     "IA3",
     "IA3Config",
     "AdapterConfig",
@@ -136,6 +144,8 @@ __all__ = [
     "ReplayMix",
     "RunReport",
     "ScaleSweep",
+    "VeRA",
+    "VeRAConfig",
     "active_adapter",
     "adapter_state_dict",
     "add_weighted_adapter",

@@ -22,13 +22,13 @@ PACKAGE = "lightning_lora"
 ORDER: dict[str, tuple[str, ...]] = {
     "version": (),
     "errors": (),
-    "config": ("base", "lora", "ia3", "record"),
+    "config": ("base", "lora", "ia3", "adalora", "vera", "record"),
     "rng": (),
     "ranks": (),
     "bars": (),
     "nn": (
         *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted"),
-        *("linear", "dora", "ia3", "saved"),
+        *("linear", "dora", "ia3", "adalora", "vera", "saved"),
     ),
     "model": (
         *(
@@ -44,6 +44,8 @@ ORDER: dict[str, tuple[str, ...]] = {
             "gradients",
             "loraplus",
             "optimizers",
+            "rank_allocator",
+            "orthogonality",
         ),
         *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth"),
     ),
@@ -57,6 +59,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "zero_files",
         "peft_rules",
         "peft_types",
+        "rank_pattern",
         "names",
         "folder",
         "kinds",
@@ -99,7 +102,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
-        *("trainer_bar", "adapting", "lora", "ia3", "adapter_checkpoint", "base_kl", "replay_mix"),
+        *("trainer_bar", "adapting", "lora", "ia3", "vera", "adalora", "adapter_checkpoint", "base_kl", "replay_mix"),
         *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
         *("scale_sweep", "run_report"),

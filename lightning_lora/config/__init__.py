@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lora.config.adalora import AdaLoRAConfig
 from lightning_lora.config.base import AdapterConfig, DTypeName, MasterDTypeName, QuantizeMode, matches_pattern
 from lightning_lora.config.ia3 import IA3Config
 from lightning_lora.config.lora import InitMode, LoRAConfig, check_ratio, scaling
 from lightning_lora.config.record import AdapterRecord, Waiting
+from lightning_lora.config.vera import VeRAConfig
 from lightning_lora.errors import ConfigError
 
 #: By `AdapterConfig.method`; who adds a method adds its class.
-METHODS: dict[str, type[AdapterConfig]] = {config.method: config for config in (LoRAConfig, IA3Config)}
+METHODS: dict[str, type[AdapterConfig]] = {
+    config.method: config for config in (LoRAConfig, IA3Config, AdaLoRAConfig, VeRAConfig)
+}
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
@@ -29,6 +33,7 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
 
 __all__ = [
     "METHODS",
+    "AdaLoRAConfig",
     "AdapterConfig",
     "AdapterRecord",
     "DTypeName",
@@ -37,6 +42,7 @@ __all__ = [
     "LoRAConfig",
     "MasterDTypeName",
     "QuantizeMode",
+    "VeRAConfig",
     "Waiting",
     "check_ratio",
     "config_from_dict",

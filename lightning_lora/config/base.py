@@ -131,6 +131,12 @@ def check_alpha(name: str, value: Any) -> None:
         raise ConfigError(f"`{name}` must be a positive number, got {value!r}")
 
 
+def check_dropout(name: str, value: Any) -> None:
+    """See that ``value`` is a share below 1."""
+    if not is_number(value) or not 0.0 <= value < 1.0:
+        raise ConfigError(f"`{name}` must be a number in [0, 1), got {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """See that ``value`` is one of those that a `Literal` names."""
     if value not in get_args(choices):

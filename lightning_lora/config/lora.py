@@ -17,6 +17,7 @@ from lightning_lora.config.base import (
     by_pattern,
     check_alpha,
     check_choice,
+    check_dropout,
     check_rank,
     check_regex,
     check_table,
@@ -72,8 +73,7 @@ class LoRAConfig(AdapterConfig):
         for key, alpha in (self.alpha_pattern or {}).items():
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
         check_ratio(self.loraplus_lr_ratio)
-        if not is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"`lora_dropout` must be a number in [0, 1), got {self.lora_dropout!r}")
+        check_dropout("lora_dropout", self.lora_dropout)
         super().__post_init__()
         for name, table in self.patterns().items():
             for key in table:

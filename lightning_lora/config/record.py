@@ -27,6 +27,7 @@ class AdapterRecord:
         use: Which values the adapters have: a number that no other swap or load had. `use_adapter` puts it back.
         uses: How many such numbers were given.
         verified: Adapter files that were found whole, so that a swap does not check them again.
+        shared: What the modules of a method have in common, such as VeRA's two matrices.
         found: The id of the model in which all adapter modules were found last, and weak references to them; a walk
             through a large model takes as long as a swap.
     """
@@ -42,6 +43,7 @@ class AdapterRecord:
     use: int = 0
     uses: int = 0
     verified: set[tuple[int, ...]] = field(default_factory=set)
+    shared: Any = None
     found: tuple[int, list[Any]] | None = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

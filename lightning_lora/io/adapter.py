@@ -62,8 +62,9 @@ from lightning_lora.io.names import (
     unwrap,
 )
 from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
-from lightning_lora.io.peft_types import Chosen, type_for
+from lightning_lora.io.peft_types import PEFT_TYPES, Chosen, type_for
 from lightning_lora.io.portable import check_portable, fitting_cast, portable_contents, update_error
+from lightning_lora.io.rank_pattern import kept_ranks, pattern_of, shrunk
 from lightning_lora.io.resident import load_resident
 from lightning_lora.model.apply import (
     adapter_modules,
@@ -284,16 +285,21 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, LoRALinear):
             adapted[name] = Scale(module.r, _plain_number(module.lora_alpha * _strength(module)))
         else:
+            _strength(module)
             adapted[name] = Scale(record.config.rank_for(name), record.config.alpha_for(name))
     config = record.config
     row = type_for(config)
     words = dataclasses.asdict(config)
     if not row.layers:
         words |= {"layers_to_transform": None, "layers_pattern": None}
+    if not row.exclude:
+        words |= {"exclude_modules": None}
     spec = shortest_spec(list(plain_modules(root)), adapted, saved, Spec.from_json(words))
     transposed = any(getattr(m, "fan_in_fan_out", False) for _, m in named_adapters(model))
     layers = {"layers_to_transform": spec.layers_to_transform, "layers_pattern": spec.layers_pattern}
-    choice = {"target_modules": spec.target_modules, "exclude_modules": spec.exclude_modules}
+    choice: dict[str, Any] = {"target_modules": spec.target_modules}
+    if row.exclude:
+        choice["exclude_modules"] = spec.exclude_modules
     return {
         "peft_type": row.name,
         "task_type": task_type(root, saved),
@@ -322,6 +328,10 @@ def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, An
             raise UnsupportedError(f"{raw!r} is sharded or on the meta device: adapters are written from whole tensors")
         cast = fitting_cast(raw, tensor, dtype) if dtype is not None and tensor.is_floating_point() else tensor
         tensors[key] = cast.detach().cpu().contiguous().clone()
+    if PEFT_TYPES[config["peft_type"]].ranks:
+        masks = kept_ranks(tensors)
+        config |= {"rank_pattern": pattern_of(masks, PREFIX)}
+        tensors = {key: shrunk(key, tensor, masks) for key, tensor in tensors.items()}
     return config, tensors
 
 
@@ -345,8 +355,8 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
     folder = AdapterFolder.open(part)
     tensors = folder.tensors()
     errors = [0.0]
-    for key, raw, live in entries(model):
-        written = tensors[key]
+    for key, raw, used in entries(model):
+        written, live = tensors[key], folder.without_dropped(key, used)
         if not key.endswith((".lora_A.weight", ".lora_B.weight")) and live.is_floating_point():
             size, difference = live.float().norm().cpu(), (written.float() - live.float().cpu()).norm()
             errors.append(float(difference / size.clamp(min=1e-30)))

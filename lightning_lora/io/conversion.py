@@ -172,4 +172,5 @@ def _shapes_for(
     for name in [*adapted, *saved]:
         kind = SAVED if name in saved else row_for(config, modules[name])
         shapes |= kind.file_shapes(modules[name], Part(name, folder.spec.rank(name), config))
-    return shapes
+    plain = [modules[name] for name in adapted]
+    return shapes | (row_for(config, plain[0]).shared_shapes(config, plain) if plain else {})

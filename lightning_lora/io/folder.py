@@ -24,7 +24,8 @@ from lightning_lora.io.atomic import recover
 from lightning_lora.io.integrity import check_digests, check_finite
 from lightning_lora.io.mapped_file import MappedFile
 from lightning_lora.io.peft_rules import Spec, check_types
-from lightning_lora.io.peft_types import PeftType, type_of
+from lightning_lora.io.peft_types import PEFT_TYPES, PeftType, type_of
+from lightning_lora.io.rank_pattern import grown, grown_shape, pattern_masks, shrunk
 from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
 from lightning_lora.model.inner import inner_model
@@ -32,7 +33,8 @@ from lightning_lora.model.inner import inner_model
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
 #: Of `RECORD`; a folder without it is of the first or of PEFT's.
 FORMAT = 1
-PREFIX = "base_model.model."  # before every key
+PREFIX = "base_model.model."  # before every key but these, of what VeRA's layers share
+SHARED = ("base_model.vera_A", "base_model.vera_B")
 _ATTEMPTS = 3  # at reading a folder that is replaced meanwhile
 #: What an adapter folder may consist of, and nothing else when it is replaced or removed.
 KNOWN_FILES = (CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md")  # PEFT writes a model card
@@ -50,10 +52,17 @@ class AdapterFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any], identity: tuple[int, ...]) -> None:
         self.path, self.config, self.record, self._identity = path, config, record, identity
-        self.spec = Spec.from_json(config)
+        masked = config.get("rank_pattern") if self._has_masks(config) else None
+        self.spec = Spec.from_json(config if masked is None else {**config, "rank_pattern": None})
+        self._masks = {} if masked is None else pattern_masks(config, PREFIX, str(path / CONFIG))
         self._file = MappedFile(path / WEIGHTS)
         self._copies = _base_copies(self._file.entries)
         self._keys = [key for key in self._file.entries if key not in self._copies]
+
+    @staticmethod
+    def _has_masks(config: Mapping[str, Any]) -> bool:
+        kind = PEFT_TYPES.get(str(config.get("peft_type")))
+        return kind is not None and kind.ranks
 
     @property
     def kind(self) -> PeftType:
@@ -88,8 +97,8 @@ class AdapterFolder:
             raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
         _check_there(path / CONFIG)
         config = read_json(path / CONFIG)
-        type_of(config, str(path / CONFIG))
-        check_types(config, str(path / CONFIG))
+        kind = type_of(config, str(path / CONFIG))
+        check_types({**config, "rank_pattern": None} if kind.ranks else config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()
             hint = "its .bin is a pickle, which is not opened: save it" if pickled else "save the adapter"
@@ -145,7 +154,7 @@ class AdapterFolder:
         return self._read()
 
     def _read(self) -> dict[str, Tensor]:
-        return {key: self._file.tensor(key) for key in self._keys}
+        return {key: grown(key, self._file.tensor(key), self._masks) for key in self._keys}
 
     def base_copies(self) -> dict[str, Tensor]:
         """Weights of the base that PEFT writes beside the factors of a head, by their names in the model."""
@@ -153,7 +162,11 @@ class AdapterFolder:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading them."""
-        return {key: self._file.shape(key) for key in self._keys}
+        return {key: grown_shape(key, self._file.shape(key), self._masks) for key in self._keys}
+
+    def without_dropped(self, key: str, tensor: Tensor) -> Tensor:
+        """A live model's tensor as it would come back from this folder, which may hold some of its ranks alone."""
+        return grown(key, shrunk(key, tensor.cpu(), self._masks), self._masks) if self._masks else tensor
 
     def root(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Where in a plain `model` the folder's names begin."""

@@ -7,24 +7,26 @@ Writing, reading, checking and merging of folders and checkpoints go by these ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
+from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.io.folder import PREFIX
+from lightning_lora.io.folder import PREFIX, SHARED
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
+from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.dora import MAGNITUDE, DoRALinear, magnified
 from lightning_lora.nn.ia3 import NAME as IA3
 from lightning_lora.nn.ia3 import IA3Linear
-from lightning_lora.nn.layers import linear_shape
+from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
 
 #: Shapes of tensors by name.
 Shapes = dict[str, tuple[int, ...]]
@@ -64,6 +66,8 @@ class AdapterKind:
     shapes: Callable[[nn.Module, Part], Shapes]  # (plain module, what it gets) -> by name inside, each tensor's shape
     fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
     names: tuple[str, ...] = ()  # inside every module of such a kind
+    shared: Mapping[str, str] = field(default_factory=dict)  # keys of what a model has once, by names inside one module
+    shared_shapes: Callable[[Any, list[nn.Module]], Shapes] = lambda config, plain: {}  # their shapes, by those keys
 
     @property
     def file_names(self) -> dict[str, str]:
@@ -81,6 +85,8 @@ class AdapterKind:
 
     def key(self, name: str, own: str) -> str:
         """The key in an adapter folder of a tensor by its name inside a module."""
+        if own in self.shared:
+            return self.shared[own]
         return PREFIX + ".".join(part for part in (name, self.file_name(own)) if part)
 
     def held(self, tensors: dict[str, Tensor], strength: float, words: Callable[[], Words]) -> Held:
@@ -135,6 +141,34 @@ def _dora_fold(
     return merged, update**0.5
 
 
+def _adalora_tensor(module: AdaLoRALinear, name: str) -> Tensor:
+    tensor = module.live(name).detach()
+    return module.strength * tensor if name == "adapter.lora_E" and module.strength != 1.0 else tensor
+
+
+def _adalora_shapes(plain: nn.Module, part: Part) -> Shapes:
+    inn, out = linear_shape(plain)
+    r = part.config.rank_for(part.name)
+    return {"adapter.lora_A": (r, inn), "adapter.lora_E": (r, 1), "adapter.lora_B": (out, r)}
+
+
+def _vera_tensor(module: VeRALinear, name: str) -> Tensor:
+    tensor = module.live(name).detach()
+    return module.strength * tensor if name == "adapter.vera_lambda_b" and module.strength != 1.0 else tensor
+
+
+def _vera_shapes(plain: nn.Module, part: Part) -> Shapes:
+    r = part.config.rank_for(part.name)
+    return {"adapter.vera_lambda_b": (linear_shape(plain)[1],), "adapter.vera_lambda_d": (r,)}
+
+
+def _vera_shared(config: VeRAConfig, plain: list[nn.Module]) -> Shapes:
+    if not config.save_projection:
+        return {}
+    inn, out = widest(plain)
+    return dict(zip(SHARED, ((config.r, inn), (out, config.r)), strict=True))
+
+
 def _saved_tensor(module: SavedModule, name: str) -> Tensor:
     return module.value(name.removeprefix("trained."), module.strength).detach()
 
@@ -169,6 +203,15 @@ KINDS = (
         lambda m, _: m.factors(m.ia3_l.dtype).detach(),
         _ia3_shapes,
     ),
+    AdapterKind(AdaLoRALinear, lambda name: name.removeprefix("adapter."), _adalora_tensor, _adalora_shapes),
+    AdapterKind(
+        VeRALinear,
+        lambda name: name.removeprefix("adapter."),
+        _vera_tensor,
+        _vera_shapes,
+        shared=dict(zip(PROJECTIONS, SHARED, strict=True)),
+        shared_shapes=_vera_shared,
+    ),
     AdapterKind(
         SavedModule,
         lambda name: name.removeprefix("trained."),
@@ -176,7 +219,7 @@ KINDS = (
         lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
     ),
 )
-DORA, LORA, IA3_ROW, SAVED = KINDS
+DORA, LORA, IA3_ROW, ADALORA, VERA, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -208,6 +251,8 @@ def linear_row(use_dora: bool) -> AdapterKind:
 ROWS: dict[type[AdapterConfig], Callable[[Any, nn.Module], AdapterKind]] = {
     LoRAConfig: lambda config, plain: linear_row(config.use_dora),
     IA3Config: lambda config, plain: IA3_ROW,
+    AdaLoRAConfig: lambda config, plain: ADALORA,
+    VeRAConfig: lambda config, plain: VERA,
 }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lightning_lora.io.folder import PREFIX, AdapterFolder
+from lightning_lora.io.folder import PREFIX, SHARED, AdapterFolder
 from lightning_lora.io.names import clean
 from lightning_lora.io.peft_rules import BASE_KEEPING_INITS
 
@@ -102,6 +102,8 @@ def _method(facts: Facts, loader: Loader) -> str | None:
 
 
 def _incomplete(facts: Facts, loader: Loader) -> str | None:
+    if facts.config.get("peft_type") != "LORA":
+        return None  # the rule above has found that
     if not facts.factors:
         return "no tensor is a `lora_A.weight` or `lora_B.weight`"
     empty = [key for key, shape in facts.shapes.items() if 0 in shape]
@@ -112,7 +114,7 @@ def _incomplete(facts: Facts, loader: Loader) -> str | None:
 
 
 def _prefix(facts: Facts, loader: Loader) -> str | None:
-    bare = [key for key in facts.shapes if not key.startswith(PREFIX)]
+    bare = [key for key in facts.shapes if not key.startswith(PREFIX) and key not in SHARED]
     return f"{len(bare)} keys do not begin with {PREFIX!r}, {bare[0]!r} first" if bare else None
 
 
@@ -138,7 +140,7 @@ def _dora(facts: Facts, loader: Loader) -> str | None:
 
 
 def _modules_to_save(facts: Facts, loader: Loader) -> str | None:
-    known = (".lora_", ".base_layer.", ".token_adapter.", ".bias")
+    known = (".lora_", ".base_layer.", ".token_adapter.", ".bias", ".vera_")
     full = [key for key in facts.shapes if not any(part in key for part in known)]
     names = facts.config.get("modules_to_save") or sorted({key.removeprefix(PREFIX) for key in full})
     return f"modules are kept in full, {names[:3]}" if names else None

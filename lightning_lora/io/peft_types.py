@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.config import AdapterConfig, IA3Config, LoRAConfig
+from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.peft_rules import Spec, refuse_unbuilt_lora
 
@@ -43,6 +43,8 @@ class PeftType:
             `Spec`'s words it takes.
         refuse: (the parsed file, what to call it): raises for what the file asks for and is not built.
         layers: Whether the file has ``layers_to_transform``.
+        exclude: Whether the file has ``exclude_modules``.
+        ranks: Whether its ``rank_pattern`` says which ranks of a module stayed (`lightning_lora.io.rank_pattern`).
         by_names: Whether the file's patterns say which modules are adapted; else the method's own rule does.
     """
 
@@ -52,6 +54,8 @@ class PeftType:
     write: Callable[[Any, Chosen], dict[str, Any]]
     refuse: Callable[[Mapping[str, Any], str], None] = lambda config, where: None
     layers: bool = True
+    exclude: bool = True
+    ranks: bool = False
     by_names: bool = True
 
 
@@ -98,9 +102,52 @@ def _write_ia3(config: IA3Config, chosen: Chosen) -> dict[str, Any]:
     }
 
 
+def _read_adalora(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    words = {name: config[name] for name in _ADALORA if config.get(name) is not None}
+    alpha, r = config.get("lora_alpha", 8), config.get("init_r", 12)
+    return AdaLoRAConfig(
+        lora_alpha=alpha if alpha > 0 else r,  # PEFT scales by 1 then
+        lora_dropout=config.get("lora_dropout") or 0.0,
+        **words,
+        **shared,
+    )
+
+
+def _write_adalora(config: AdaLoRAConfig, chosen: Chosen) -> dict[str, Any]:
+    return {
+        "bias": "none",
+        **{name: getattr(config, name) for name in _ADALORA},
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "fan_in_fan_out": chosen.transposed,
+        "init_lora_weights": True,
+        # PEFT reads no file without a number that leaves room for its schedule.
+        "total_step": max(config.total_step or 0, config.tinit + config.tfinal + 2),
+    }
+
+
+def _read_vera(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    return VeRAConfig(**{name: config[name] for name in _VERA if config.get(name) is not None}, **shared)
+
+
+def _write_vera(config: VeRAConfig, chosen: Chosen) -> dict[str, Any]:
+    words = {name: getattr(config, name) for name in _VERA}
+    return {"bias": "none", **words, "fan_in_fan_out": chosen.transposed, "init_weights": True}
+
+
+def _refuse_biases(config: Mapping[str, Any], where: str) -> None:
+    if config.get("bias", "none") != "none":
+        raise UnsupportedError(f"{where}: `bias` is {config['bias']!r}; this version trains and loads no biases.")
+
+
+_ADALORA = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+_VERA = ("r", "d_initial", "projection_prng_key", "save_projection", "vera_dropout")
+
 _ROWS = (
     PeftType("LORA", LoRAConfig, _read_lora, _write_lora, refuse_unbuilt_lora),
     PeftType("IA3", IA3Config, _read_ia3, _write_ia3, layers=False),
+    PeftType("ADALORA", AdaLoRAConfig, _read_adalora, _write_adalora, refuse_unbuilt_lora, ranks=True),
+    PeftType("VERA", VeRAConfig, _read_vera, _write_vera, _refuse_biases, exclude=False),
 )
 
 PEFT_TYPES: dict[str, PeftType] = {row.name: row for row in _ROWS}

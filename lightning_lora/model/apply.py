@@ -116,6 +116,8 @@ def apply_adapters(
     method = method_of(config)
     targets = method.targets(model, config)
     record = AdapterRecord(config, fingerprint(model, targets.saved))
+    if method.share is not None:
+        record.shared = method.share(config, [model.get_submodule(name) for name in targets.adapted])
     base_bytes = _count(model)[1]
     model.requires_grad_(False)
     _freeze_statistics(model, targets.saved)

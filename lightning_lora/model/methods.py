@@ -14,13 +14,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_lora.config import AdapterConfig, AdapterRecord, IA3Config, LoRAConfig
+from lightning_lora.config import AdaLoRAConfig, AdapterConfig, AdapterRecord, IA3Config, LoRAConfig, VeRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets
-from lightning_lora.nn.adapter import AdapterModule
+from lightning_lora.nn.adalora import AdaLoRALinear
+from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.ia3 import IA3Linear
+from lightning_lora.nn.layers import widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.vera import Projections, VeRALinear
 
 #: (module that is replaced, record, the module's names) -> what stands in its place.
 Build = Callable[[nn.Module, AdapterRecord, tuple[str, ...]], AdapterModule]
@@ -34,11 +37,13 @@ class Method:
         build: Makes the module that stands in the place of one of the user's. Its configuration is the record's.
         beside: Whether several of its adapters may share a model.
         targets: Chooses modules; linears, as ``target_modules`` says, if not given.
+        share: Makes what the modules have in common, from those that are chosen; it is kept as the record's ``shared``.
     """
 
     build: Build
     beside: bool = False
     targets: Callable[[nn.Module, Any], Targets] = find_targets
+    share: Callable[[Any, list[nn.Module]], Any] | None = None
 
 
 def _lora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
@@ -63,9 +68,23 @@ def _ia3_targets(model: nn.Module, config: IA3Config) -> Targets:
     return find_targets(model, dataclasses.replace(config, target_modules=found, feedforward_modules=None))
 
 
+def _adalora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
+    return AdaLoRALinear(layer, record, record.config.rank_for(*names), record.config.alpha_for(*names))
+
+
+def _vera(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
+    return VeRALinear(layer, record, record.shared)
+
+
+def _projections(config: VeRAConfig, layers: list[nn.Module]) -> Projections:
+    return Projections(config.r, *widest(layers), config.projection_prng_key, torch_dtype(config.adapter_dtype))
+
+
 METHODS: dict[type[AdapterConfig], Method] = {
     LoRAConfig: Method(_lora, beside=True),
     IA3Config: Method(_ia3, targets=_ia3_targets),
+    AdaLoRAConfig: Method(_adalora),
+    VeRAConfig: Method(_vera, share=_projections),
 }
 
 

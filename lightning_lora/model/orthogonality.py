@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from lightning_lora.model.rank_allocator import Triplets
+from lightning_lora.nn.adalora import Triplets
 
 
 @torch.no_grad()

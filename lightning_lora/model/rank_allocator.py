@@ -22,26 +22,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, ConfigError
-
-
-class Triplets(NamedTuple):
-    """One layer's update ``B diag(E) A``.
-
-    Args:
-        A: ``(r, in)``.
-        E: ``(r, 1)``.
-        B: ``(out, r)``.
-    """
-
-    A: Tensor
-    E: Tensor
-    B: Tensor
+from lightning_lora.nn.adalora import Triplets
 
 
 @dataclass(frozen=True, kw_only=True)

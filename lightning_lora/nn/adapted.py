@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
 from lightning_lora.nn.adapter import AdapterModule
-from lightning_lora.nn.layers import is_conv1d, linear_shape
-from lightning_lora.nn.quantized import PackedLinear
+from lightning_lora.nn.functional import WeightOf
+from lightning_lora.nn.layers import is_conv1d, is_transparent, linear_shape
+from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
 
 
 class AdaptedLayer(AdapterModule):
@@ -121,3 +122,15 @@ class AdaptedLinear(AdaptedLayer):
         """The weight of a dense base as ``(out, in)``."""
         weight = self.weight.to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
+
+    def frozen_form(self, x: Tensor) -> tuple[torch.dtype, WeightOf] | None:
+        """In which dtype, and from which ``(out, in)`` weight, the base may be computed here for an input.
+
+        None where its own forward must run: it computes in its own way or carries hooks, or torch refuses the dtypes.
+        """
+        base = self.base_layer
+        if isinstance(base, PackedLinear):
+            return compute_dtype(x, base.compute_dtype), base.matrix
+        if is_transparent(base) and (self.weight.dtype == x.dtype or is_autocast(x)):
+            return output_dtype(x), self.dense_matrix
+        return None

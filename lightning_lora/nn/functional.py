@@ -39,7 +39,7 @@ WeightOf = Callable[[torch.dtype], Tensor]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-_RECOMPUTED = (
+RECOMPUTED = (
     "activation checkpointing ran a forward again for its backward, and the adapter in use, its values or its strength "
     "were others by then: the gradients would be of neither. Call `backward` before the adapter changes, and inside "
     "the same `use_adapter` as the forward"
@@ -190,7 +190,7 @@ class _LoRALinear(torch.autograd.Function):
                 return (dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None, None, None, *rest)
             x, u, lora_A, lora_B, mark = saved
             if mark.tolist() != ctx.mark:
-                raise UnsupportedError(_RECOMPUTED)
+                raise UnsupportedError(RECOMPUTED)
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in turn
                 return (*_differentiable_backward(ctx, dy, x, lora_A, lora_B), *rest)
             return (*_fused_backward(ctx, dy, x, u, lora_A, lora_B), *rest)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -21,6 +22,12 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
         inn, out = layer.weight.shape  # type: ignore[misc]
         return inn, out
     return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def widest(layers: Iterable[nn.Module]) -> tuple[int, int]:
+    """The largest ``in_features`` and the largest ``out_features`` of some layers."""
+    shapes = [linear_shape(layer) for layer in layers]
+    return max(inn for inn, _ in shapes), max(out for _, out in shapes)
 
 
 def device_of(layer: nn.Module) -> torch.device:

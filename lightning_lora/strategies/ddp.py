@@ -68,7 +68,7 @@ def frozen_base(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(adapter, SavedModule):
             sent.update(map(id, (*adapter.parameters(), *adapter.buffers())))
         else:
-            sent.update(id(adapter.get_parameter(name)) for name in adapter.trained_names())
+            sent.update(id(adapter.live(name)) for name in adapter.own_names())
     frozen: dict[str, Tensor] = {
         n: p for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
     }

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_lora.model.orthogonality import add_orthogonality_gradient, orthogonality
-from lightning_lora.model.rank_allocator import BudgetSchedule, RankAllocator, Triplets
+from lightning_lora.model.rank_allocator import BudgetSchedule, RankAllocator
+from lightning_lora.nn.adalora import Triplets
 from tests.helpers import tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 64
@@ -20,7 +21,9 @@ def theirs(**config: object) -> nn.Module:
     torch.manual_seed(0)
     return peft.get_peft_model(
         tiny_llama(),
-        peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"], **{**words, **config}),
+        peft.AdaLoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"], **{**words, **config}
+        ),
     ).train()
 
 
