@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method with small settings, and what may be expected of each: who adds a method adds its row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning_lora
+from lightning_lora.callbacks.adapting import AdapterCallback
+from lightning_lora.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Args:
+        name: Of the row.
+        callback: Name of the callback's class in the package.
+        settings: Its arguments.
+        learns_at: Learning rate at which a few steps move it visibly.
+        exact: Whether the frozen part is the base itself, so that off is the base bit for bit.
+        merges: Whether it has a merged form; else merging is refused by name.
+        peft: Whether PEFT has it; else there is no folder and it is refused by name.
+        own_folder: Whether we write a folder for it although PEFT has no such method.
+        packed: Whether it goes with a packed base; else that is refused by name.
+    """
+
+    name: str
+    callback: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    learns_at: float = 1e-2
+    exact: bool = True
+    merges: bool = True
+    peft: bool = True
+    own_folder: bool = False
+    packed: bool = True
+
+    def make(self, **settings: Any) -> AdapterCallback:
+        """The callback."""
+        made: AdapterCallback = getattr(lightning_lora, self.callback)(**{**self.settings, **settings})
+        return made
+
+    def config(self, **settings: Any) -> AdapterConfig:
+        """Its configuration."""
+        return self.make(**settings).config
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROWS = (
+    Row("lora", "LoRA", {"r": 4}),
+    Row("rslora", "LoRA", {"r": 4, "use_rslora": True}),
+    Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}),
+    Row("dora", "LoRA", {"r": 4, "use_dora": True}),
+    Row("ia3", "IA3", learns_at=5e-2),
+)
