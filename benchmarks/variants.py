@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig, apply_adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -59,7 +59,7 @@ def load_base(folder: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
 def build(name: str, folder: str, dtype: torch.dtype, r: int = 16) -> Variant:
     """One of frozen, full, ours[-nf4][-drop], peft[-nf4][-same][-drop] ("same": adapters in the base's dtype).
 
-    "-dora" behind any of ours and PEFT's makes it DoRA.
+    "-dora" behind any of ours and PEFT's makes it DoRA, "-adalora" AdaLoRA, "-vera" VeRA of rank 256.
     """
     kind, *options = name.split("-")
     dropout, dora = 0.05 if "drop" in options else 0.0, "dora" in options
@@ -68,26 +68,39 @@ def build(name: str, folder: str, dtype: torch.dtype, r: int = 16) -> Variant:
     elif kind == "ours":
         model = load_base(folder, dtype)
         quantize: Any = "nf4" if "nf4" in options else "none"
-        apply_lora(model, LoRAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize, use_dora=dora))
+        config: AdapterConfig
+        if "adalora" in options:
+            config = AdaLoRAConfig(init_r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize)
+        elif "vera" in options:
+            config = VeRAConfig(vera_dropout=dropout, quantize=quantize)
+        else:
+            config = LoRAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize, use_dora=dora)
+        apply_adapters(model, config)
     elif kind == "peft":
-        model = _peft(folder, dtype, r, dropout, "nf4" in options, "same" not in options, dora)
+        model = _peft(folder, dtype, r, dropout, options)
     else:
         raise ValueError(f"unknown variant {name!r}")
     return Variant(model.train(), [p for p in model.parameters() if p.requires_grad])
 
 
-def _peft(folder: str, dtype: torch.dtype, r: int, dropout: float, nf4: bool, autocast: bool, dora: bool) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def _peft(folder: str, dtype: torch.dtype, r: int, dropout: float, options: list[str]) -> nn.Module:
+    from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
     from transformers import BitsAndBytesConfig
 
     quantized = {}
-    if nf4:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        quantized = {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
-    lora = LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=dora
-    )
-    return get_peft_model(load_base(folder, dtype, **quantized), lora, autocast_adapter_dtype=autocast)
+    if "nf4" in options:
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        quantized = {"quantization_config": bits, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+    shared: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    config: Any
+    if "adalora" in options:
+        config = AdaLoraConfig(init_r=r, lora_alpha=2 * r, lora_dropout=dropout, total_step=1000, **shared)
+    elif "vera" in options:
+        config = VeraConfig(vera_dropout=dropout, **shared)
+    else:
+        config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, use_dora="dora" in options, **shared)
+    autocast = "same" not in options
+    return get_peft_model(load_base(folder, dtype, **quantized), config, autocast_adapter_dtype=autocast)
 
 
 def gradient_norm(variant: Variant) -> float:

@@ -57,6 +57,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "checkpoint_file",
         "distributed",
         "zero_files",
+        "drawn",
         "peft_rules",
         "peft_types",
         "rank_pattern",

@@ -37,6 +37,8 @@ BOUNDS = {
     "val_check_interval": 3,
     "every_n_steps": 3,
     "items_per_eval": 4,
+    "tinit": 1,
+    "tfinal": 2,
 }
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class AdapterCallback(Callback):
         """Watch the first steps."""
         self._gradients = GradientCheck(pl_module)
         with _rank_zero_notices(trainer):
-            _say_idle_dropout(pl_module, self.config.dropout)
+            _say_idle_dropout(pl_module, self.config)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -230,11 +231,12 @@ def _difference(there: AdapterConfig, here: AdapterConfig) -> str:
     )
 
 
-def _say_idle_dropout(model: nn.Module, dropout: float) -> None:
+def _say_idle_dropout(model: nn.Module, config: AdapterConfig) -> None:
     idle = [n for n, m in adapter_modules(model) if not isinstance(m, SavedModule) and not m.training]
-    if dropout > 0.0 and idle:
+    if config.dropout > 0.0 and idle:
+        name = next(f.name for f in dataclasses.fields(config) if f.name.endswith("dropout"))
         warnings.warn(
-            f"`lora_dropout={dropout}` does nothing in {len(idle)} adapted layers, {idle[0]!r} first, that are in "
+            f"`{name}={config.dropout}` does nothing in {len(idle)} adapted layers, {idle[0]!r} first, that are in "
             "evaluation mode (`from_pretrained` leaves a model so): call `.train()` on the model in `__init__`",
             Notice,
             stacklevel=2,

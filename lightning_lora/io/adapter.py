@@ -39,6 +39,7 @@ from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
 from lightning_lora.io.conversion import config_for, repacked
 from lightning_lora.io.distributed import is_distributed
+from lightning_lora.io.drawn import compare_drawn, drawn_digests
 from lightning_lora.io.folder import (
     CONFIG,
     FORMAT,
@@ -210,6 +211,7 @@ def load_adapter(
         _notice_packing(config, folder)
         if name is not None:
             rename_adapter(model, name)
+        compare_drawn(model, folder.record, f"the adapters in {folder.path}")
         _copy(list(places(model)), tensors, {})
         return
     _notice_packing(record.config, folder)
@@ -225,6 +227,7 @@ def load_adapter(
             raise
         load_resident(model, folder, name)
         return
+    compare_drawn(model, folder.record, f"the adapters in {folder.path}")
     refuse_in_fit(record)
     _copy(mine, folder.checked_tensors(record.verified), strengths)
 
@@ -346,6 +349,7 @@ def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, A
         "fingerprint": record.fingerprint if record else None,
         "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),
         "packed": packed_layers(model),
+        "drawn": drawn_digests(model),
         "transposed": [n for n, m in named_adapters(model) if getattr(m, "fan_in_fan_out", False)],
     }
 

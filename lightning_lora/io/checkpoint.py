@@ -10,6 +10,7 @@ A checkpoint is Lightning's own, with two differences: ``state_dict`` holds adap
     targets       names of the adapted layers
     saved         names of the modules trained in full
     fingerprint   of the base before packing, or None
+    drawn         digests of what a seed gives again and the file does not hold, where there is such
     strength      what `set_adapter_scale` set, by name; modules at 1 are left out
     rng           one state of the random number generators a process (not in weights-only checkpoints)
     loaders       of several processes: each one's places in its train loaders (the same)
@@ -39,6 +40,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.checkpoint_file import KEY
 from lightning_lora.io.distributed import read_either
+from lightning_lora.io.drawn import compare_drawn, drawn_digests
 from lightning_lora.io.folder import compare_fingerprints
 from lightning_lora.io.integrity import check_finite
 from lightning_lora.model.apply import (
@@ -76,6 +78,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
     record = adapter_record(model)
     if record is None:
         raise CheckpointError("the model has no adapters; an adapter-only checkpoint would be empty")
+    drawn = drawn_digests(model)
     names = [(clean_name(name), isinstance(module, SavedModule)) for name, module in adapter_modules(model)]
     return {
         "version": VERSION,
@@ -83,6 +86,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
         "targets": [name for name, saved in names if not saved],
         "saved": [name for name, saved in names if saved],
         "fingerprint": record.fingerprint,
+        **({"drawn": drawn} if drawn else {}),
         "strength": {clean_name(name): m.strength for name, m in adapter_modules(model) if m.strength != 1.0},
     }
 
@@ -197,6 +201,7 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
             "the checkpoint's values"
             + ("; `init_from` takes it over to another packing" * (set(differing) == {"quantize"}))
         )
+    compare_drawn(model, entry, "the adapters")
     compare_bases(entry.get("fingerprint"), own["fingerprint"])
 
 

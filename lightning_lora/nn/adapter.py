@@ -69,6 +69,10 @@ class AdapterModule(nn.Module):
         """Those that training owns and checkpoints keep: `own_names`, none in a vacant module."""
         return [] if self.vacant else self.own_names()
 
+    def drawn(self) -> dict[str, Tensor]:
+        """By name, tensors that the adapter needs and no file holds, since a seed gives them again."""
+        return {}
+
     def untrained(self) -> bool:
         """Whether the module still computes exactly the base (B is zero, a saved module equals its original)."""
         raise NotImplementedError

@@ -145,6 +145,13 @@ class VeRALinear(AdaptedLinear):
         keeps = config.save_projection and self.adapter.projections.keeper == self.slot
         return [*names, *PROJECTIONS] if keeps else names
 
+    def drawn(self) -> dict[str, Tensor]:
+        """See `AdapterModule.drawn`: the shared matrices, of one module, if they are not kept."""
+        projections = self.adapter.projections
+        if cast(VeRAConfig, self.record.config).save_projection or projections.keeper != self.slot:
+            return {}
+        return {"vera_A": projections.vera_A, "vera_B": projections.vera_B}
+
     def watched(self) -> list[nn.Parameter]:
         """lambda_b: while it is zero, the gradient of lambda_d is too."""
         return [self.adapter.vera_lambda_b]
