@@ -91,12 +91,17 @@ def _read_ia3(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfi
 
 
 def _write_ia3(config: IA3Config, chosen: Chosen) -> dict[str, Any]:
-    rescaled = [name for name in chosen.names if config.is_feedforward(name)]
-    others = [name for name in chosen.names if name not in rescaled]
-    endings = sorted({name.rpartition(".")[2] for name in rescaled})
-    short = not any(name.endswith(ending) for name in others for ending in endings)
+    """PEFT wants each of ``feedforward_modules`` to be one of ``target_modules``, and compares ends of names."""
+    rescaled = {name: config.is_feedforward(name) for name in chosen.names}
+    targets = chosen.spec.target_modules
+    entries = [targets] if isinstance(targets, str) else targets
+    kinds = {entry: {rescaled[name] for name in chosen.names if name.endswith(entry)} for entry in entries}
+    if isinstance(targets, str) or any(len(found) > 1 for found in kinds.values()):
+        entries = sorted(chosen.names)
+        kinds = {name: {rescaled[name]} for name in entries}
     return {
-        "feedforward_modules": endings if short else sorted(rescaled),
+        "target_modules": entries,
+        "feedforward_modules": [entry for entry in entries if kinds[entry] == {True}],
         "fan_in_fan_out": chosen.transposed,
         "init_ia3_weights": True,
     }

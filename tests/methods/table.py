@@ -56,4 +56,6 @@ ROWS = (
     Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}),
     Row("dora", "LoRA", {"r": 4, "use_dora": True}),
     Row("ia3", "IA3", learns_at=5e-2),
+    Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
+    Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
 )
