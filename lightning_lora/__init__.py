@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         set_adapter_scale,
     )
     from lightning_lora.model.combine import add_weighted_adapter
+    from lightning_lora.model.eva import eva_start
     from lightning_lora.model.loraplus import loraplus_param_groups
     from lightning_lora.model.mixed import mixed_batch
     from lightning_lora.model.residents import (
@@ -100,6 +101,7 @@ _HOME = {
     "apply_lora": "model.apply",
     "delete_adapter": "model.residents",
     "disable_adapters": "model.apply",
+    "eva_start": "model.eva",
     "list_adapters": "model.residents",
     "load_adapter": "io.adapter",
     "load_from_checkpoint": "io.checkpoint",
@@ -153,6 +155,7 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapters",
+    "eva_start",
     "list_adapters",
     "load_adapter",
     "load_from_checkpoint",

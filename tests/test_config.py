@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_lora.config import LoRAConfig, scaling
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, UnsupportedError
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "`r` must be an integer of at least 1, got 0"),
@@ -39,7 +39,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"(": 4}}, "`alpha_pattern` '(' is no regular expression"),
     ({"layers_pattern": "(", "layers_to_transform": 0}, "`layers_pattern` '(' is no regular expression"),
     ({"layers_pattern": "layers"}, "`layers_pattern` is given without `layers_to_transform`; give both or none"),
-    ({"init_lora_weights": "pissa"}, "`init_lora_weights` must be one of ['kaiming', 'gaussian'], got 'pissa'"),
+    ({"init_lora_weights": "pisa"}, "'eva', 'pissa', 'olora', 'loftq', 'pissa_niter_N'], got 'pisa'"),
+    ({"init_lora_weights": "pissa_niter_"}, "`init_lora_weights` must be one of ['kaiming', 'gaussian',"),
+    ({"init_lora_weights": True}, "`init_lora_weights` must be one of ['kaiming', 'gaussian',"),
+    (
+        {"init_lora_weights": "loftq"},
+        '`init_lora_weights="loftq"` begins with what packing leaves out: give `quantize`',
+    ),
+    ({"loftq_iter": 0}, "`loftq_iter` must be an integer of at least 1, got 0"),
+    ({"eva_batches": 1.5}, "`eva_batches` must be an integer of at least 1, got 1.5"),
+    ({"freeze_lora_A": 1}, "`freeze_lora_A` must be true or false, got 1"),
+    ({"freeze_lora_A": True, "loraplus_lr_ratio": 4}, "with `freeze_lora_A=True` A has none: leave the ratio out"),
     ({"quantize": "int3"}, "`quantize` must be one of ['none', 'nf4', 'nf4-dq', 'fp4', 'int8'], got 'int3'"),
     ({"compute_dtype": "fp8"}, "`compute_dtype` must be one of ['auto', 'fp32', 'bf16', 'fp16'], got 'fp8'"),
     ({"loraplus_lr_ratio": 0}, "`loraplus_lr_ratio` must be a positive number, such as 16, or null, got 0"),
@@ -112,3 +122,15 @@ def test_layer_indices_that_are_none(value: object) -> None:
 def test_a_pattern_that_is_no_table(name: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be a table of names to numbers"):
         LoRAConfig(**{name: [1]})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True, "init_lora_weights": "olora"}, "`use_dora=True` with `init_lora_weights='olora'` is not"),
+        ({"use_dora": True, "freeze_lora_A": True}, "`freeze_lora_A=True` with `use_dora=True` is not built"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        LoRAConfig(**values)

@@ -28,7 +28,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "bars": (),
     "nn": (
         *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted"),
-        *("linear", "dora", "ia3", "adalora", "vera", "saved"),
+        *("linear", "dora", "starts", "residual", "ia3", "adalora", "vera", "saved"),
     ),
     "model": (
         *(
@@ -47,7 +47,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "rank_allocator",
             "orthogonality",
         ),
-        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth"),
+        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth", "eva"),
     ),
     "io": (
         "atomic",
@@ -103,8 +103,9 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("single_device", "ddp", "fsdp", "model_parallel", "zero_options", "deepspeed", "registry"),
     ),
     "callbacks": (
-        *("trainer_bar", "adapting", "lora", "ia3", "vera", "adalora", "adapter_checkpoint", "base_kl", "replay_mix"),
-        *("merge_on_fit_end", "place", "aside", "ending", "forgetting_monitor"),
+        *("trainer_bar", "adapting", "aside", "first_batches", "lora", "ia3", "vera", "adalora"),
+        *("adapter_checkpoint", "base_kl", "replay_mix"),
+        *("merge_on_fit_end", "place", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),
         *("scale_sweep", "run_report"),
     ),

@@ -31,7 +31,7 @@ def validate_aside(trainer: Trainer) -> dict[str, float]:
     try:
         with (
             _kept(trainer.callback_metrics), _kept(trainer.logged_metrics), _kept(trainer.progress_bar_metrics),
-            preserve_rng(), _as_validate(trainer), _without_loggers(trainer),
+            preserve_rng(), _as_validate(trainer), without_loggers(trainer),
         ):  # fmt: skip
             loop.run()
             return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -63,7 +63,8 @@ def _as_validate(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _without_loggers(trainer: Trainer) -> Iterator[None]:
+def without_loggers(trainer: Trainer) -> Iterator[None]:
+    """Inside, the trainer's loggers are ones that do nothing."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:

@@ -6,10 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from lightning_lora.callbacks.adapting import AdapterCallback, optimizers_in
-from lightning_lora.config import DTypeName, InitMode, LoRAConfig, MasterDTypeName, QuantizeMode
+from lightning_lora.callbacks.first_batches import FirstBatches
+from lightning_lora.config import DTypeName, LoRAConfig, MasterDTypeName, QuantizeMode
+from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.eva import eva_start
 from lightning_lora.model.loraplus import part_groups, schedulers_in
+from lightning_lora.nn.linear import LoRALinear
 
 
 class LoRA(AdapterCallback):
@@ -37,7 +43,11 @@ class LoRA(AdapterCallback):
         alpha_pattern: The same for `lora_alpha`.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu et al. 2024).
-        init_lora_weights: Start of A, "kaiming" or "gaussian"; B is zero either way.
+        init_lora_weights: Start of the factors: with B zero "kaiming", "gaussian" or "eva" (by the run's own first
+            batches); taken out of the base "pissa", "pissa_niter_N", "olora" or "loftq".
+        loftq_iter: Rounds of "loftq".
+        eva_batches: How many batches "eva" looks at, before the first step.
+        freeze_lora_A: Train B alone (LoRA-FA): the layers' inputs are not kept for backward.
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
         compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.
         adapter_dtype: Dtype of the master adapters, kept under every `precision`.
@@ -68,7 +78,10 @@ class LoRA(AdapterCallback):
         alpha_pattern: dict[str, float] | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
-        init_lora_weights: InitMode = "kaiming",
+        init_lora_weights: str = "kaiming",
+        loftq_iter: int = 1,
+        eva_batches: int = 8,
+        freeze_lora_A: bool = False,
         quantize: QuantizeMode = "none",
         compute_dtype: DTypeName = "auto",
         adapter_dtype: MasterDTypeName = "fp32",
@@ -89,6 +102,9 @@ class LoRA(AdapterCallback):
             use_rslora=use_rslora,
             use_dora=use_dora,
             init_lora_weights=init_lora_weights,
+            loftq_iter=loftq_iter,
+            eva_batches=eva_batches,
+            freeze_lora_A=freeze_lora_A,
             quantize=quantize,
             compute_dtype=compute_dtype,
             adapter_dtype=adapter_dtype,
@@ -96,7 +112,24 @@ class LoRA(AdapterCallback):
         )
         super().__init__(config, init_from)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """EVA looks at the first batches; not in a run that goes on, or that began with weights."""
+        fresh = trainer.global_step == 0 and trainer.ckpt_path is None and self.init_from is None
+        if self.config.init_lora_weights == "eva" and fresh and _are_untrained(pl_module):
+            first = FirstBatches(trainer, pl_module, self.config.eva_batches)
+            shares = eva_start(pl_module, first, first.run)
+            mean = sum(shares.values()) / max(len(shares), 1)
+            rank_zero_info(
+                f"LoRA: {len(shares)} layers begin by EVA over {first.count} batches; their A holds {mean:.0%} of "
+                "their inputs' variance, on average"
+            )
+        super().on_train_start(trainer, pl_module)
+
     def adjust_optimizers(self, result: Any, pl_module: pl.LightningModule) -> None:
         """LoRA+: part each group that holds A and B in two."""
         if self.config.loraplus_lr_ratio is not None:
             part_groups(optimizers_in(result), schedulers_in(result), pl_module, self.config.loraplus_lr_ratio)
+
+
+def _are_untrained(model: nn.Module) -> bool:
+    return all(module.untrained() for _, module in adapter_modules(model) if isinstance(module, LoRALinear))

@@ -35,6 +35,7 @@ from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.first_inputs import FirstInputs
 from lightning_lora.model.inner import is_hf_model
 from lightning_lora.nn.quantized import PackedWeight
+from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.strategies.ddp import frozen_base
 from lightning_lora.strategies.registry import whole_module
 
@@ -186,6 +187,8 @@ class MergeOnFitEnd(Callback):
         """Tensor by tensor over the files of the base; None where these are not what was trained over."""
         original = self.base == "original"
         folder = _base_folder(pl_module)
+        if not original and _is_residual(pl_module) and any(isinstance(m, PackedWeight) for m in pl_module.modules()):
+            return None  # what is packed is no weight of the files
         if folder is None or not (original or (self._base_unchanged and _is_of_one_dtype(pl_module, folder))):
             return None
         try:
@@ -235,7 +238,7 @@ def _best_weights(trainer: pl.Trainer, pl_module: nn.Module) -> Iterator[str]:
     own = {name: tensor.clone() for name, tensor in adapter_state_dict(pl_module).items()}
     strengths = [(module, module.strength) for _, module in adapter_modules(pl_module)]
     try:
-        if os.path.isdir(adapter_path(path)):
+        if os.path.isdir(adapter_path(path)) and not _is_residual(pl_module):  # whose folder is for the whole base
             load_adapter(pl_module, adapter_path(path))
         else:
             checkpoint = read_either(path, optimizers=False)
@@ -245,6 +248,11 @@ def _best_weights(trainer: pl.Trainer, pl_module: nn.Module) -> Iterator[str]:
         load_adapter_state(pl_module, own)
         for module, strength in strengths:
             module.strength = strength
+
+
+def _is_residual(pl_module: nn.Module) -> bool:
+    """Whether the adapters began with a part of the base."""
+    return any(isinstance(module, ResidualLoRALinear) for _, module in adapter_modules(pl_module))
 
 
 def _base_name(pl_module: nn.Module) -> str | None:

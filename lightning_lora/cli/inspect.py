@@ -82,6 +82,7 @@ def _head(dir: str, facts: Any) -> str:
     where = f" at step {facts.step:,}" if facts.step is not None else ""
     ranks = sorted({s.r for s in facts.modules.values()})
     rank = "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    start = config.get("init_lora_weights")
     known = ("lora_alpha", "use_rslora", "quantize", "lora_dropout")
     lines = [
         f"{dir}: {'checkpoint' if facts.checkpoint else 'adapter folder'}{where}, "
@@ -91,6 +92,8 @@ def _head(dir: str, facts: Any) -> str:
                 None,
                 [
                     "DoRA" * bool(config.get("use_dora")),
+                    "LoRA-FA" * bool(config.get("freeze_lora_A")),
+                    "" if start in (True, None, "kaiming", "gaussian") else f"begun by {start}",
                     rank,
                     *(f"{key} {config[key]}" for key in known if config.get(key) is not None),
                 ],

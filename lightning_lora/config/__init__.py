@@ -8,7 +8,7 @@ from typing import Any
 from lightning_lora.config.adalora import AdaLoRAConfig
 from lightning_lora.config.base import AdapterConfig, DTypeName, MasterDTypeName, QuantizeMode, matches_pattern
 from lightning_lora.config.ia3 import IA3Config
-from lightning_lora.config.lora import InitMode, LoRAConfig, check_ratio, scaling
+from lightning_lora.config.lora import LoRAConfig, check_ratio, scaling
 from lightning_lora.config.record import AdapterRecord, Waiting
 from lightning_lora.config.vera import VeRAConfig
 from lightning_lora.errors import ConfigError
@@ -38,7 +38,6 @@ __all__ = [
     "AdapterRecord",
     "DTypeName",
     "IA3Config",
-    "InitMode",
     "LoRAConfig",
     "MasterDTypeName",
     "QuantizeMode",

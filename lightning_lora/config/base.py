@@ -44,9 +44,6 @@ class AdapterConfig:
     method: ClassVar[str] = "lora"
     #: What it is called in texts.
     title: ClassVar[str] = "LoRA"
-    #: Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean.
-    free_fields: ClassVar[tuple[str, ...]] = ("compute_dtype",)
-
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
@@ -73,6 +70,11 @@ class AdapterConfig:
         check_choice("quantize", self.quantize, QuantizeMode)
         check_choice("compute_dtype", self.compute_dtype, DTypeName)
         check_choice("adapter_dtype", self.adapter_dtype, MasterDTypeName)
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean."""
+        return ("compute_dtype",)
 
     @property
     def dropout(self) -> float:

@@ -8,24 +8,25 @@ The words and their meanings are PEFT's. The forward of an adapted linear layer 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from lightning_lora.config.base import (
     AdapterConfig,
     by_pattern,
     check_alpha,
-    check_choice,
     check_dropout,
     check_rank,
     check_regex,
     check_table,
     is_number,
 )
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, UnsupportedError
 
-InitMode = Literal["kaiming", "gaussian"]
+_INITS = ("kaiming", "gaussian", "eva", "pissa", "olora", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,13 @@ class LoRAConfig(AdapterConfig):
         alpha_pattern: The same for ``lora_alpha``.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu et al. 2024).
-        init_lora_weights: Start of A: "kaiming" (uniform, as PEFT's default) or "gaussian"
-            (standard deviation 1/r). B is zero either way.
+        init_lora_weights: Start of the factors. B is zero and A is "kaiming" (uniform, as PEFT's default), "gaussian"
+            (standard deviation 1/r) or "eva" (the directions in which the layer's inputs vary most, over the first
+            batches: `eva_start`). Or both are taken out of the base: "pissa" (its largest singular values; quicker,
+            in N rounds: "pissa_niter_N"), "olora" (QR), "loftq" (so that the packed base and they are nearest to it).
+        loftq_iter: Rounds of "loftq".
+        eva_batches: Batches that the `LoRA` callback shows the layers for "eva".
+        freeze_lora_A: Train B alone (LoRA-FA, Zhang et al. 2023): the layers' inputs are not kept for backward.
         loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): the learning rate of B as a multiple of that of A, such
             as 16; null for the same rate. The `LoRA` callback sees to it in the optimizers of a run; without
             a Trainer `loraplus_param_groups` does.
@@ -51,8 +57,6 @@ class LoRAConfig(AdapterConfig):
         UnsupportedError: A method that is not built was asked for.
     """
 
-    free_fields: ClassVar[tuple[str, ...]] = ("lora_dropout", "init_lora_weights", "compute_dtype", "loraplus_lr_ratio")
-
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -60,7 +64,10 @@ class LoRAConfig(AdapterConfig):
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: InitMode = "kaiming"
+    init_lora_weights: str = "kaiming"
+    loftq_iter: int = 1
+    eva_batches: int = 8
+    freeze_lora_A: bool = False
     loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +85,68 @@ class LoRAConfig(AdapterConfig):
         for name, table in self.patterns().items():
             for key in table:
                 check_regex(name, key)
-        check_choice("init_lora_weights", self.init_lora_weights, InitMode)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        init = self.init_lora_weights
+        if not isinstance(init, str) or (init not in _INITS and not re.fullmatch(r"pissa_niter_[0-9]+", init)):
+            raise ConfigError(f"`init_lora_weights` must be one of {[*_INITS, 'pissa_niter_N']}, got {init!r}")
+        for name in ("loftq_iter", "eva_batches"):
+            check_rank(name, getattr(self, name))
+        if not isinstance(self.freeze_lora_A, bool):
+            raise ConfigError(f"`freeze_lora_A` must be true or false, got {self.freeze_lora_A!r}")
+        if init == "loftq" and self.quantize == "none":
+            raise ConfigError(
+                '`init_lora_weights="loftq"` begins with what packing leaves out: give `quantize`, such as "nf4"; '
+                'for a base that stays as it is use "pissa"'
+            )
+        if self.takes_from_base and self.use_dora:
+            raise UnsupportedError(
+                f"`use_dora=True` with `init_lora_weights={init!r}` is not built: its magnitudes are norms of the "
+                "whole base; use one of the two"
+            )
+        if self.freeze_lora_A and self.use_dora:
+            raise UnsupportedError(
+                "`freeze_lora_A=True` with `use_dora=True` is not built: what it saves the gradients of the magnitudes "
+                "would keep; use one of the two"
+            )
+        if self.freeze_lora_A and self.loraplus_lr_ratio is not None:
+            raise ConfigError(
+                "`loraplus_lr_ratio` parts the learning rates of A and B, and with `freeze_lora_A=True` A has none: "
+                "leave the ratio out, and raise the learning rate"
+            )
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether ``init_lora_weights`` leaves a residual of the base: PiSSA, OLoRA, LoftQ."""
+        return self.init_lora_weights.startswith("pissa") or self.init_lora_weights in ("olora", "loftq")
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `AdapterConfig.free_fields`; a start that is taken from the base is what the base is without it."""
+        free = ("lora_dropout", "compute_dtype", "loraplus_lr_ratio", "eva_batches")
+        if self.init_lora_weights == "loftq":
+            return free
+        return (*free, "loftq_iter") if self.takes_from_base else (*free, "loftq_iter", "init_lora_weights")
+
+    def converted(self) -> LoRAConfig:
+        """What `save_adapter` makes of it: plain LoRA over the base as it is, the start's rank beside the adapter's.
+
+        Itself where no start is taken from the base.
+        """
+        if not self.takes_from_base:
+            return self
+        more = math.sqrt(2.0) if self.use_rslora else 2.0
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=more * self.lora_alpha,
+            rank_pattern=self.rank_pattern and {name: 2 * r for name, r in self.rank_pattern.items()},
+            alpha_pattern=self.alpha_pattern and {name: more * alpha for name, alpha in self.alpha_pattern.items()},
+            init_lora_weights="kaiming",
+            loftq_iter=1,
+            quantize="none",
+        )
 
     @property
     def dropout(self) -> float:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora.bars import Bar, no_bar
-from lightning_lora.config import AdapterConfig, AdapterRecord
+from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
@@ -78,6 +78,7 @@ from lightning_lora.model.inner import inner_model
 from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.residual import alone
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
 
@@ -148,7 +149,12 @@ def _save(model: nn.Module, path: Path, layout: str, dtype: str | None) -> Saved
     if layout == "portable":
         config, tensors, own = portable_contents(model, cast)
         record = _record_entry(model, adapter_record(model))
-        record |= {"layout": layout, "config": own.to_dict(), "trained": record["config"], "strength": 1.0}
+        record |= {
+            "layout": layout,
+            "config": own.to_dict(),
+            "trained": record.get("trained", record["config"]),
+            "strength": 1.0,
+        }
     else:
         config, tensors = _contents(model, cast)
         record = _record_entry(model, adapter_record(model))
@@ -214,6 +220,8 @@ def load_adapter(
         compare_drawn(model, folder.record, f"the adapters in {folder.path}")
         _copy(list(places(model)), tensors, {})
         return
+    if isinstance(record.config, LoRAConfig) and record.config.takes_from_base:
+        raise UnsupportedError(alone(record.config.init_lora_weights))
     _notice_packing(record.config, folder)
     if name is not None and name != record.name:
         load_resident(model, folder, name)
@@ -286,7 +294,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, SavedModule):
             saved.append(name)
         elif isinstance(module, LoRALinear):
-            adapted[name] = Scale(module.r, _plain_number(module.lora_alpha * _strength(module)))
+            adapted[name] = Scale(module.update_rank, _plain_number(module.update_alpha * _strength(module)))
         else:
             _strength(module)
             adapted[name] = Scale(record.config.rank_for(name), record.config.alpha_for(name))
@@ -341,14 +349,18 @@ def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, An
 def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, Any]:
     """``lightning_lora.json``: what PEFT's file has no place for."""
     inner = adapter_root(model)[0] == inner_model(model)[0]
+    config = record.config if record else None
+    written = config.converted() if isinstance(config, LoRAConfig) else config
+    from_base = written is not config  # what is written is for the base as it was, whatever is left of it here
     return {
         "version": package_version(),
         "layout": "peft",
         "names": "inner" if inner else "module",
-        "config": record.config.to_dict() if record else None,
+        "config": written.to_dict() if written else None,
+        **({"trained": config.to_dict()} if config and from_base else {}),
         "fingerprint": record.fingerprint if record else None,
         "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),
-        "packed": packed_layers(model),
+        "packed": [] if from_base else packed_layers(model),
         "drawn": drawn_digests(model),
         "transposed": [n for n, m in named_adapters(model) if getattr(m, "fan_in_fan_out", False)],
     }
@@ -373,7 +385,7 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
         if abs(scale - module.scaling * module.strength) > 1e-9 * abs(scale):
             raise MergeError(f"{name!r}: the written scale {scale} is not the live {module.scaling * module.strength}")
         A, B = (tensors[f"{PREFIX}{name}.lora_{x}.weight"] for x in "AB")
-        live_A, live_B = (factor.detach().cpu() for factor in (module.lora_A, module.lora_B))
+        live_A, live_B = (factor.cpu() for factor in module.update_factors())
         live_scale = module.scaling * module.strength
         errors.append(update_error(A, B.double() * scale, live_A, live_B.double() * live_scale))
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)

@@ -85,6 +85,9 @@ def _of_checkpoint(path: Path, base: str | os.PathLike[str] | None) -> AdapterFa
     state = {clean(key): tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
     wanted = {key: t for key, t in state.items() if key.startswith(tuple(f"{n}." for n in entry["targets"]))}
     pairs = _pairs(wanted, ".adapter.lora_{}")[0] if isinstance(config, LoRAConfig) else {}
+    for name, start in _pairs(wanted, ".adapter.start_{}")[0].items():  # the update of the base as it was
+        A, B = pairs[name]["A"], pairs[name]["B"]
+        pairs[name] = {"A": torch.cat([A, start["A"].to(A)]), "B": torch.cat([B, -start["B"].to(B)], dim=1)}
     scales = {}
     for name in pairs:
         # A pattern's key is for the name inside the transformers model, whose place in the run the file does not tell.

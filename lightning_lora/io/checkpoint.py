@@ -37,6 +37,8 @@ from lightning_lora.errors import (
     AlreadyAdaptedError,
     BaseMismatchError,
     CheckpointError,
+    ConfigError,
+    UnsupportedError,
 )
 from lightning_lora.io.checkpoint_file import KEY
 from lightning_lora.io.distributed import read_either
@@ -186,10 +188,14 @@ def check_metadata(model: nn.Module, entry: Mapping[str, Any]) -> None:
     check_version(entry)
     own = metadata(model)
     record = adapter_record(model)
-    free = () if record is None else record.config.free_fields
+    free: set[str] = set() if record is None else set(record.config.free_fields)
+    stored = dict(entry["config"])
+    with contextlib.suppress(ConfigError, UnsupportedError, TypeError):  # what is unknown here differs, and is told
+        theirs = config_from_dict(stored)
+        stored, free = theirs.to_dict(), free & set(theirs.free_fields)  # with what an earlier version had no word for
     differing = {
         name: (value, own["config"].get(name))
-        for name, value in entry["config"].items()
+        for name, value in stored.items()
         if name not in free and own["config"].get(name) != value
     }
     same_choice = own["targets"] == entry["targets"] and own["saved"] == entry["saved"]

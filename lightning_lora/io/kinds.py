@@ -25,6 +25,7 @@ from lightning_lora.nn.ia3 import NAME as IA3
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
 
@@ -65,7 +66,7 @@ class AdapterKind:
     tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
     shapes: Callable[[nn.Module, Part], Shapes]  # (plain module, what it gets) -> by name inside, each tensor's shape
     fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
-    names: tuple[str, ...] = ()  # inside every module of such a kind
+    names: tuple[str, ...] = ()  # of the file's tensors inside every module of such a kind
     shared: Mapping[str, str] = field(default_factory=dict)  # keys of what a model has once, by names inside one module
     shared_shapes: Callable[[Any, list[nn.Module]], Shapes] = lambda config, plain: {}  # their shapes, by those keys
 
@@ -106,6 +107,11 @@ def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
 
 def _dora_tensor(module: DoRALinear, name: str) -> Tensor:
     return module.magnitudes() if name == MAGNITUDE else _lora_tensor(module, name)
+
+
+def _residual_tensor(module: ResidualLoRALinear, name: str) -> Tensor:
+    """Of the update of the base as it was: the start's factors stand beside the adapter's."""
+    return module.update_factors()[name == "adapter.lora_B"]
 
 
 def _lora_shapes(plain: nn.Module, part: Part) -> Shapes:
@@ -190,6 +196,14 @@ KINDS = (
         ("adapter.lora_A", "adapter.lora_B", MAGNITUDE),
     ),
     AdapterKind(
+        ResidualLoRALinear,
+        lambda name: name.removeprefix("adapter.") + ".weight",
+        _residual_tensor,
+        _lora_shapes,
+        _lora_fold,
+        ("adapter.lora_A", "adapter.lora_B"),
+    ),
+    AdapterKind(
         LoRALinear,
         lambda name: name.removeprefix("adapter.") + ".weight",
         _lora_tensor,
@@ -219,7 +233,7 @@ KINDS = (
         lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
     ),
 )
-DORA, LORA, IA3_ROW, ADALORA, VERA, SAVED = KINDS
+DORA, _, LORA, IA3_ROW, ADALORA, VERA, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -232,7 +246,7 @@ def places(model: nn.Module) -> Iterator[Place]:
     for raw, module in adapter_modules(model):
         name = clean(inside(raw, prefix))
         kind = kind_of(module, raw)
-        for own in module.trained_names():
+        for own in kind.names or module.trained_names():
             yield kind.key(name, own), f"{raw}.{own}" if raw else own, module, own
 
 

@@ -93,6 +93,14 @@ def mixed(loader: Any, replay: Replay, share: Fraction, rewinds: bool = False) -
     return own
 
 
+def apart(loader: Any) -> Any:
+    """A copy of ``loader`` through which a look takes none of the other data from the run."""
+    copied = copy.copy(loader)
+    if isinstance(replay := vars(copied).get("_replay"), Replay):
+        vars(copied)["_replay"] = copy.copy(replay)
+    return copied
+
+
 def is_general(place: int, share: Fraction) -> bool:
     """Whether the batch at a place of an epoch comes from the other data, see the module.
 

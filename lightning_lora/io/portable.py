@@ -117,7 +117,8 @@ def check_portable(model: nn.Module, part: Path) -> float:
         else:
             live = adapted[name]
             scale = live.scaling * live.strength
-            error = update_error(A, B, live.lora_A.detach().cpu(), live.lora_B.detach().cpu().double() * scale)
+            live_A, live_B = (factor.cpu() for factor in live.update_factors())
+            error = update_error(A, B, live_A, live_B.double() * scale)
         if not error <= LIMITS[B.dtype]:
             raise MergeError(
                 f"{name!r}: the update that was read back differs from the live one by {error:.2e}, the limit for "
@@ -182,7 +183,7 @@ def _tied_to_an_embedding(root: nn.Module, linears: Mapping[str, LoRALinear]) ->
 
 
 def _common_rank(adapted: Mapping[str, LoRALinear]) -> int:
-    name, largest = max(((name, module.r) for name, module in adapted.items()), key=lambda item: item[1])
+    name, largest = max(((name, module.update_rank) for name, module in adapted.items()), key=lambda item: item[1])
     fitting = next((rank for rank in RANKS if rank >= largest), None)
     if fitting is None:
         raise UnsupportedError(f"{name!r} has rank {largest}, servers take {RANKS[-1]} at most: merge the model")
@@ -193,8 +194,8 @@ def _folded(module: LoRALinear, rank: int) -> tuple[Tensor, Tensor]:
     """A and B in fp32 on the CPU, the scale in B, both padded with zeros to `rank`."""
     if is_sharded(module.lora_A) or module.lora_A.is_meta:
         raise UnsupportedError("adapters are sharded or on the meta device: they are written from whole tensors")
-    A, B = (factor.detach().float().cpu() for factor in (module.lora_A, module.lora_B))
-    missing = rank - module.r
+    A, B = (factor.float().cpu() for factor in module.update_factors())
+    missing = rank - module.update_rank
     B = B * (module.scaling * module.strength)
     return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
 
@@ -245,6 +246,7 @@ def _own_config(model: nn.Module, spec: Spec, names: set[str]) -> LoRAConfig:
     """What `apply_lora` needs to make the adapters of a portable folder, over a base packed as in training."""
     record = adapter_record(model)
     trained = record.config if record and isinstance(record.config, LoRAConfig) else LoRAConfig()
+    trained = trained.converted()
     excluded = trained.exclude_modules
     if excluded and any(matches(excluded, name) for name in names):
         excluded = None

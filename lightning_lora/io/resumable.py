@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_lora.rng import RNGState
+from lightning_lora.rng import RNGState, preserve_rng
 
 # Samplers whose order depends on the random state in which they begin, on `epoch` and `seed`, and on nothing else.
 _KNOWN = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -177,6 +178,20 @@ def sampler_of(loader: Any) -> Any:
     """What gives the order; Lightning puts its own in under a batch sampler and leaves ``loader.sampler`` idle."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(batches, "sampler", getattr(loader, "sampler", None))
+
+
+@contextmanager
+def same_draws(loader: Any) -> Iterator[None]:
+    """What a look through a loader draws leaves the process's random states and its generators' as they were."""
+    if not isinstance(loader, DataLoader):
+        with preserve_rng():
+            yield
+        return
+    before = _draws(loader)
+    try:
+        yield
+    finally:
+        _restore(loader, before)
 
 
 def _generators(loader: DataLoader) -> list[torch.Generator]:

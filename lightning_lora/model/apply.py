@@ -7,7 +7,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,12 +132,15 @@ def apply_adapters(
     with bar("packing" if packed else "adapting", len(todo)) as advance:
         for name in todo:
             layer = original = model.get_submodule(name)
-            if name in taken:
+            own = method.first(layer, record, names_of(name, prefix), device) if name in adapted else None
+            if own is not None:
+                layer = own
+            elif name in taken:
                 layer = adopt_linear(layer, narrow)
             elif name in packed:
                 weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
                 layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
-            if name in adapted:
+            if name in adapted and own is None:
                 layer = method.build(layer, record, names_of(name, prefix))
             _replace(model, paths[name], layer.train(original.training))
             advance(1)
@@ -302,10 +305,21 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bo
                 "was the adapter trained with another rank or on another base?"
             )
         check_kind(name, tensor, found)
+    for restore in _restoring(model, state):
+        restore()
     for name, tensor in own.items():
         tensor.copy_(piece(state[name], tensor))
     for record in {id(m.record): m.record for _, m in adapter_modules(model)}.values():
         record.new_use()
+
+
+def _restoring(model: nn.Module, state: Mapping[str, Tensor]) -> list[Callable[[], None]]:
+    """What modules have to do before they get these values; all of them are asked before any does it."""
+    actions = []
+    for name, module in adapter_modules(model):
+        own = {key: f"{name}.{key}" if name else key for key in module.trained_names()}
+        actions.append(module.restoring({key: state[clean_name(full)] for key, full in own.items()}))
+    return [action for action in actions if action is not None]
 
 
 def check_kind(name: str, own: Tensor, found: Tensor) -> None:

@@ -12,10 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from lightning_lora.config import AdaLoRAConfig, AdapterConfig, AdapterRecord, IA3Config, LoRAConfig, VeRAConfig
-from lightning_lora.errors import TargetError
+from lightning_lora.config import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    AdapterRecord,
+    IA3Config,
+    LoRAConfig,
+    VeRAConfig,
+    scaling,
+)
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
 from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
@@ -23,10 +32,13 @@ from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.residual import ResidualLoRALinear, residual_base
 from lightning_lora.nn.vera import Projections, VeRALinear
 
 #: (module that is replaced, record, the module's names) -> what stands in its place.
 Build = Callable[[nn.Module, AdapterRecord, tuple[str, ...]], AdapterModule]
+#: (module that is replaced, record, the module's names, where to compute) -> what stands in its place, or None.
+First = Callable[[nn.Module, AdapterRecord, tuple[str, ...], torch.device | str | None], AdapterModule | None]
 
 
 @dataclass(frozen=True)
@@ -37,18 +49,35 @@ class Method:
         build: Makes the module that stands in the place of one of the user's. Its configuration is the record's.
         beside: Whether several of its adapters may share a model.
         targets: Chooses modules; linears, as ``target_modules`` says, if not given.
+        first: Makes the module from the user's own, before that is packed, and packs it itself; None to leave it.
         share: Makes what the modules have in common, from those that are chosen; it is kept as the record's ``shared``.
     """
 
     build: Build
     beside: bool = False
     targets: Callable[[nn.Module, Any], Targets] = find_targets
+    first: First = lambda layer, record, names, device: None
     share: Callable[[Any, list[nn.Module]], Any] | None = None
 
 
 def _lora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
     config = record.config
     return linear_kind(config)(layer, record, config.rank_for(*names), config.alpha_for(*names))
+
+
+def _from_base(
+    layer: nn.Module, record: AdapterRecord, names: tuple[str, ...], device: torch.device | str | None
+) -> AdapterModule | None:
+    """Of a start that is taken out of the base."""
+    config = cast(LoRAConfig, record.config)
+    if not config.takes_from_base:
+        return None
+    r, alpha = config.rank_for(*names), config.alpha_for(*names)
+    try:
+        left, start = residual_base(layer, config, r, scaling(r, alpha, config.use_rslora), device)
+    except (ConfigError, UnsupportedError) as error:
+        raise type(error)(f"{names[0]!r}: {error}") from error
+    return ResidualLoRALinear(left, record, r, alpha, start)
 
 
 def _ia3(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
@@ -81,7 +110,7 @@ def _projections(config: VeRAConfig, layers: list[nn.Module]) -> Projections:
 
 
 METHODS: dict[type[AdapterConfig], Method] = {
-    LoRAConfig: Method(_lora, beside=True),
+    LoRAConfig: Method(_lora, beside=True, first=_from_base),
     IA3Config: Method(_ia3, targets=_ia3_targets),
     AdaLoRAConfig: Method(_adalora),
     VeRAConfig: Method(_vera, share=_projections),

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import AdapterConfig, AdapterRecord, Waiting
+from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
 from lightning_lora.model.apply import (
     adapter_modules,
@@ -33,6 +33,7 @@ from lightning_lora.model.apply import (
 from lightning_lora.model.methods import kind_name, linear_kind, stands_alone
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.residual import alone
 from lightning_lora.nn.saved import SavedModule
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -219,10 +220,13 @@ def refuse_beside(record: AdapterRecord, config: AdapterConfig) -> None:
     Raises:
         UnsupportedError: One of the two stands alone.
     """
-    alone = next((c for c in (config, record.config) if stands_alone(c)), None)
-    if alone is not None:
+    for one in (config, record.config):
+        if isinstance(one, LoRAConfig) and one.takes_from_base:
+            raise UnsupportedError(alone(one.init_lora_weights))
+    single = next((c for c in (config, record.config) if stands_alone(c)), None)
+    if single is not None:
         raise UnsupportedError(
-            f"several adapters in one model are built for LoRA and DoRA, not for {alone.title}: load it into a model "
+            f"several adapters in one model are built for LoRA and DoRA, not for {single.title}: load it into a model "
             "of its own"
         )
 

@@ -31,6 +31,7 @@ from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
+from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.nn.sharded import is_sharded, whole
 
 #: A direction is dead when its singular value is below this share of the largest.
@@ -157,9 +158,10 @@ def adapter_spectra(
             continue
         own = clean_name(name)
         gradient_A, gradient_B = (grad_norms or {}).get(own, (math.nan, math.nan))
-        values = singular_values(whole(module.lora_A), whole(module.lora_B), module.scaling * module.strength)
+        A, B = module.update_factors()
+        values = singular_values(whole(A), whole(B), module.scaling * module.strength)
         base = math.nan if base_norms is None else base_norms.get(own, math.nan)
-        found[own] = Spectrum(module.r, values, base, gradient_A, gradient_B)
+        found[own] = Spectrum(module.update_rank, values, base, gradient_A, gradient_B)
     if not found:
         raise AdapterMismatchError("the model has no low-rank adapters to look at; add the `LoRA` callback")
     return found
@@ -183,7 +185,8 @@ def _norm(module: LoRALinear) -> float:
         if any(is_sharded(t) for t in tensors):
             return math.nan
         return float(module.base_weight(torch.float32).norm())
-    return float(whole(torch.linalg.vector_norm(module.weight.detach(), dtype=torch.float32)))
+    weight = module.base_weight() if isinstance(module, ResidualLoRALinear) else module.weight.detach()
+    return float(whole(torch.linalg.vector_norm(weight, dtype=torch.float32)))
 
 
 @torch.no_grad()

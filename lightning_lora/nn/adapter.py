@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,9 @@ class AdapterModule(nn.Module):
     """
 
     #: What texts call this kind.
-    title: ClassVar[str] = "this method"
+    title: str = "this method"
     #: What it was built for; all else is refused by name.
-    built_for: ClassVar[frozenset[Use]] = frozenset()
+    built_for: frozenset[Use] = frozenset()
 
     def __init__(self, record: AdapterRecord) -> None:
         super().__init__()
@@ -171,6 +171,14 @@ class AdapterModule(nn.Module):
         """The parameter or buffer of this name inside the module."""
         parent, _, own = name.rpartition(".")
         return getattr(self.get_submodule(parent), own)
+
+    def restoring(self, values: Mapping[str, Tensor]) -> Callable[[], None] | None:
+        """What is to be done before values of another run are copied into this module; None if nothing is.
+
+        Args:
+            values: By name inside the module, every tensor of `own_names`, of the right shape.
+        """
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.record.moves += 1

@@ -13,7 +13,8 @@ adapter's input (D = identity outside training):
                 db = sum of dy over N                (out,)     where the user trains the bias
 
 (+) is an addition in place into a tensor that this function made itself; no input is ever written into.
-Saved for backward: x and u, nothing else of the activations' width; and beside them a mark of which adapter this was.
+Saved for backward: x and u, nothing else of the activations' width (where A is frozen, as in LoRA-FA, u alone: no
+gradient needs x); and beside them a mark of which adapter this was.
 Activation checkpointing runs the forward again, with the A and B of that moment, and finds the mark of that moment. A
 and B are cast *down* to x's dtype; x is never cast up. The scale goes with B, which is small. W is not saved but asked
 for again, so that a packed weight is dequantized once each way and never kept. The dropout mask is not stored: it is
@@ -38,6 +39,11 @@ from lightning_lora.errors import UnsupportedError
 WeightOf = Callable[[torch.dtype], Tensor]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+_FROZEN_A = (
+    "a gradient with `create_graph=True` through a layer whose factor A is frozen (`freeze_lora_A`): its input was not "
+    "kept, by which such a gradient is differentiated; let A learn, or leave `create_graph` out"
+)
 
 RECOMPUTED = (
     "activation checkpointing ran a forward again for its backward, and the adapter in use, its values or its strength "
@@ -173,10 +179,12 @@ class _LoRALinear(torch.autograd.Function):
             if lora_A is None or lora_B is None:
                 return y
             x2 = x.reshape(-1, x.shape[-1])
-            u = F.linear(_masked(x2, _mask(ctx, x2)), lora_A.to(x.dtype))  # a third faster than `@ A.t()` on a CPU
+            ctx.shape, ctx.device = x2.shape, x2.device
+            u = F.linear(_masked(x2, _mask(ctx)), lora_A.to(x.dtype))  # a third faster than `@ A.t()` on a CPU
             y.view(-1, y.shape[-1]).addmm_(u, _scaled(ctx, lora_B, x.dtype).t())
         ctx.mark = [use, 0 if isinstance(scale, Tensor) else hash(scale)]
-        ctx.save_for_backward(x, u, lora_A, lora_B, torch.tensor(ctx.mark, device="cpu"))
+        kept = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, u, lora_A, lora_B, torch.tensor(ctx.mark, device="cpu"))
         return y
 
     @staticmethod
@@ -192,31 +200,32 @@ class _LoRALinear(torch.autograd.Function):
             if mark.tolist() != ctx.mark:
                 raise UnsupportedError(RECOMPUTED)
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in turn
+                if x is None:
+                    raise UnsupportedError(_FROZEN_A)
                 return (*_differentiable_backward(ctx, dy, x, lora_A, lora_B), *rest)
             return (*_fused_backward(ctx, dy, x, u, lora_A, lora_B), *rest)
 
 
 def _fused_backward(
-    ctx: Any, dy: Tensor, x: Tensor, u: Tensor, lora_A: Tensor, lora_B: Tensor
+    ctx: Any, dy: Tensor, x: Tensor | None, u: Tensor, lora_A: Tensor, lora_B: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B = ctx.needs_input_grad[:3]
     dy2 = dy.reshape(-1, dy.shape[-1])
     dx = dA = dB = None
-    x2 = x.reshape(-1, x.shape[-1])
-    mask = _mask(ctx, x2)
+    mask = _mask(ctx)
     if need_B:  # laid out as B is, in one copy: autograd would make another of any other layout
         dB = torch.empty_like(lora_B).copy_((u.t() @ dy2).t()).mul_(_scale(ctx))
     if need_x or need_A:
         v = dy2 @ _scaled(ctx, lora_B, dy.dtype)
-    if need_A:
-        dA = (v.t() @ _masked(x2, mask)).to(lora_A.dtype)
+    if x is not None and need_A:
+        dA = (v.t() @ _masked(x.reshape(ctx.shape), mask)).to(lora_A.dtype)
     if need_x:
         dx2 = dy2 @ ctx.weight(dy.dtype)
         if mask is None:
             dx2.addmm_(v, lora_A.to(dy.dtype))
         else:
             dx2.addcmul_(v @ lora_A.to(dy.dtype), mask.to(dy.dtype))
-        dx = dx2.view(x.shape)
+        dx = dx2.view(*dy.shape[:-1], ctx.shape[-1])
     return dx, dA, dB
 
 
@@ -226,7 +235,7 @@ def _differentiable_backward(
     """The same gradients by operations that autograd can follow, from x, A, B and dy alone."""
     A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    mask = _mask(ctx, x2)
+    mask = _mask(ctx)
     xd = _masked(x2, mask)
     v = _scale(ctx) * (dy2 @ B)
     dx2 = dy2 @ ctx.weight(dy.dtype) + _masked(v @ A, mask)
@@ -234,8 +243,8 @@ def _differentiable_backward(
     return dx2.view(x.shape), (v.t() @ xd).to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def _mask(ctx: Any, x2: Tensor) -> Tensor | None:
-    return dropout_mask(x2.shape, ctx.dropout, ctx.seed, x2.device) if ctx.dropout > 0.0 else None
+def _mask(ctx: Any) -> Tensor | None:
+    return dropout_mask(ctx.shape, ctx.dropout, ctx.seed, ctx.device) if ctx.dropout > 0.0 else None
 
 
 def _masked(x2: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lora.config import AdapterRecord, LoRAConfig, scaling
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.nn.adapted import AdaptedLinear
-from lightning_lora.nn.adapter import Held, KeepsDType, torch_dtype
+from lightning_lora.nn.adapter import Held, KeepsDType, Use, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
 from lightning_lora.nn.layers import device_of, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
@@ -70,6 +70,10 @@ class LoRAAdapter(KeepsDType):
         return f"A={tuple(self.lora_A.shape)}, B={tuple(self.lora_B.shape)}, {self.lora_A.dtype}"
 
 
+#: What a frozen A was not tried with.
+_SPREAD: frozenset[Use] = frozenset({"fsdp1", "fsdp2", "deepspeed", "tensor_parallel"})
+
+
 class LoRALinear(AdaptedLinear):
     """A frozen ``base_layer`` and the adapter that is added to its output.
 
@@ -92,6 +96,7 @@ class LoRALinear(AdaptedLinear):
         self.lora_alpha = lora_alpha
         self.lora_dropout = config.lora_dropout
         self.use_rslora = config.use_rslora
+        self.freezes_A = config.freeze_lora_A
         self.adapter: LoRAAdapter = self._new_adapter(
             in_features=self.in_features,
             out_features=self.out_features,
@@ -100,6 +105,9 @@ class LoRALinear(AdaptedLinear):
             device=device_of(base_layer),
             dtype=torch_dtype(config.adapter_dtype),
         )
+        if self.freezes_A:
+            self.title, self.built_for = "LoRA-FA (`freeze_lora_A`)", self.built_for - _SPREAD
+            self.adapter.lora_A.requires_grad_(False)
         if r == 0:
             self.hold(None)
         self._rescale()
@@ -222,6 +230,9 @@ class LoRALinear(AdaptedLinear):
         parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
         return type(parameters.get("lora_A")) is nn.Parameter
 
+    def _put(self, name: str, tensor: Tensor, in_place: bool, learns: bool) -> None:
+        super()._put(name, tensor, in_place, learns and not (self.freezes_A and name == "adapter.lora_A"))
+
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B, without the search for an attribute of a module."""
         parameters: Any = self._modules["adapter"]._parameters  # type: ignore[union-attr]
@@ -237,6 +248,20 @@ class LoRALinear(AdaptedLinear):
         A, B = self.lora_A, self.lora_B
         return {"adapter.lora_A": A.new_empty(0, self.in_features), "adapter.lora_B": B.new_empty(self.out_features, 0)}
 
+    @property
+    def update_rank(self) -> int:
+        """The rank of `update_factors`."""
+        return self.r
+
+    @property
+    def update_alpha(self) -> float:
+        """The ``lora_alpha`` that gives `update_factors`, at their rank, the scale `scaling`."""
+        return self.lora_alpha
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update of the user's layer, ``strength * scaling * B A``, as files and spectra have it."""
+        return self.lora_A.detach(), self.lora_B.detach()
+
     def untrained(self) -> bool:
         """Whether B is exactly zero."""
         return not bool(self.lora_B.detach().any())
@@ -244,8 +269,9 @@ class LoRALinear(AdaptedLinear):
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``strength * scaling * B A`` in the base layer's own layout; computed in fp32 at least."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(self.scaling * self.strength)
+        A, B = self.update_factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        delta = (B.to(wide) @ A.to(wide)).mul_(self.scaling * self.strength)
         return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

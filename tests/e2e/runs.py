@@ -141,6 +141,7 @@ class Scenario:
     cut: int = CUT
     save: str = "every"  # batches, every, epoch_end, last, monitor, inside, after
     trainer: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)  # more arguments of it
 
 
 def train_loader(s: Scenario) -> DataLoader:
@@ -229,7 +230,8 @@ def fit(
     module = Module(seed, s.schedule, s.drawing, s.optimizer)
     seed_all(seed)
     loader = train_loader(s)
-    lora = LoRA(r=4, lora_dropout=0.1, quantize=s.quantize, loraplus_lr_ratio=s.loraplus_lr_ratio)  # type: ignore[arg-type]
+    words: dict[str, Any] = {"quantize": s.quantize, "loraplus_lr_ratio": s.loraplus_lr_ratio}
+    lora = LoRA(r=4, lora_dropout=0.1, **words, **s.lora)
     callbacks: list[L.Callback] = [lora, BaseKL(s.base_kl, forward="net")]
     if s.replay:
         callbacks.append(ReplayMix(GENERAL, share=s.replay))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from lightning_lora.errors import UnsupportedError
 from lightning_lora.nn.functional import dropout_mask, keep_probability, lora_linear
 from lightning_lora.nn.linear import LoRALinear
 from tests.nn.layers import BASES, exact, grads_of, magnitude, make_layer, relative
@@ -381,3 +384,45 @@ def test_a_bias_that_the_user_trains_gets_its_gradient() -> None:
 def test_meta_tensors_pass_with_dropout_too() -> None:
     layer = make_layer(lora_dropout=0.1).to("meta")
     assert layer(torch.randn(2, 64, device="meta")).shape == (2, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_with_a_frozen_A_the_input_is_not_kept(dropout: float, quantize: str, dtype: torch.dtype) -> None:
+    words = {"quantize": quantize, "lora_dropout": dropout, "r": 4}
+    frozen, plain = make_layer(freeze_lora_A=True, **words).to(dtype), make_layer(**words).to(dtype)  # type: ignore[arg-type]
+    plain.load_state_dict(frozen.state_dict())
+    assert not frozen.lora_A.requires_grad
+    results, bytes_ = [], []
+    for layer in (frozen, plain):
+        torch.manual_seed(5)
+        x = torch.randn(4, 8, 64, dtype=dtype, requires_grad=True)
+        saved, y = _saved_bytes(layer, x)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), x.grad, layer.lora_B.grad))
+        bytes_.append(saved)
+    assert bytes_[0] == 32 * 4 * dtype.itemsize + 16  # x A^T, and which adapter it was
+    assert bytes_[1] == 32 * (64 + 4) * dtype.itemsize + 16
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert frozen.lora_A.grad is None
+
+
+def test_with_a_frozen_A_nothing_keeps_the_input_alive() -> None:
+    for frozen in (True, False):
+        layer = make_layer(freeze_lora_A=frozen)
+        first = torch.randn(4, 64, requires_grad=True)
+        x = first * 2  # nobody else's
+        alive = weakref.ref(x)
+        y = layer(x)
+        del x
+        assert (alive() is None) == frozen
+        y.sum().backward()
+        assert first.grad is not None
+
+
+def test_a_gradient_of_a_gradient_with_a_frozen_A_is_refused_by_name() -> None:
+    layer = make_layer(freeze_lora_A=True)
+    y = layer(torch.randn(4, 64, requires_grad=True))
+    with pytest.raises(UnsupportedError, match="whose factor A is frozen"):
+        torch.autograd.grad(y.sum(), [layer.lora_B], create_graph=True)
