@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,16 +90,26 @@ def _readable(loader: Any) -> Any:
             f"{_INSTEAD}"
         )
     copied = apart(loader)
-    vars(copied).update(num_workers=0, timeout=0, persistent_workers=False, prefetch_factor=None, _iterator=None)
+    # Samplers may keep a place of their own: a copy of them is read, over the same data.
+    same = {id(loader.dataset): loader.dataset}
+    own = {name: copy.deepcopy(getattr(loader, name), same) for name in ("batch_sampler", "sampler", "generator")}
+    vars(copied).update(num_workers=0, timeout=0, persistent_workers=False, prefetch_factor=None, _iterator=None, **own)
     return copied
 
 
 def _has_own_state(loader: DataLoader) -> bool:
-    if isinstance(loader, ResumableLoader):
+    if isinstance(loader, ResumableLoader) or _is_stateful(loader):
         return False
     if type(loader).__iter__ is not DataLoader.__iter__ or hasattr(loader, "state_dict"):
         return True
     return isinstance(loader.dataset, IterableDataset) and iter(loader.dataset) is loader.dataset
+
+
+def _is_stateful(loader: DataLoader) -> bool:
+    """Whether it is torchdata's, over data with indices: its place is in its iterator, of which a copy has another."""
+    package = sys.modules.get("torchdata.stateful_dataloader")  # not loaded: no such loader can exist
+    known = package is not None and isinstance(loader, package.StatefulDataLoader)
+    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 def _before_transfer(trainer: Trainer, pl_module: LightningModule) -> Any:

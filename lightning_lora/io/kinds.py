@@ -25,7 +25,7 @@ from lightning_lora.nn.ia3 import NAME as IA3
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
-from lightning_lora.nn.residual import ResidualLoRALinear
+from lightning_lora.nn.residual import START_A, START_B, ResidualLoRALinear
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
 
@@ -66,7 +66,8 @@ class AdapterKind:
     tensor: Callable[[Any, str], Tensor]  # (module, name inside it) -> the tensor as the live model uses it
     shapes: Callable[[nn.Module, Part], Shapes]  # (plain module, what it gets) -> by name inside, each tensor's shape
     fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
-    names: tuple[str, ...] = ()  # of the file's tensors inside every module of such a kind
+    names: tuple[str, ...] = ()  # inside every module of such a kind
+    inside: tuple[str, ...] = ()  # names of what a checkpoint has and no folder: it is part of the other tensors there
     shared: Mapping[str, str] = field(default_factory=dict)  # keys of what a model has once, by names inside one module
     shared_shapes: Callable[[Any, list[nn.Module]], Shapes] = lambda config, plain: {}  # their shapes, by those keys
 
@@ -202,6 +203,7 @@ KINDS = (
         _lora_shapes,
         _lora_fold,
         ("adapter.lora_A", "adapter.lora_B"),
+        (START_A, START_B),
     ),
     AdapterKind(
         LoRALinear,
@@ -246,7 +248,9 @@ def places(model: nn.Module) -> Iterator[Place]:
     for raw, module in adapter_modules(model):
         name = clean(inside(raw, prefix))
         kind = kind_of(module, raw)
-        for own in kind.names or module.trained_names():
+        for own in module.trained_names():
+            if own in kind.inside:
+                continue
             yield kind.key(name, own), f"{raw}.{own}" if raw else own, module, own
 
 

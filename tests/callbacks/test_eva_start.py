@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric
 
 from lightning_lora import LoRA, ReplayMix
@@ -54,18 +55,19 @@ class Watched(LM):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
-def run(tmp_path: Path, init: str, **words: Any) -> tuple[Watched, L.Trainer]:
+def run(tmp_path: Path, init: str, kind: type[DataLoader] = DataLoader, **words: Any) -> tuple[Watched, L.Trainer]:
     module = Watched()
     callback = LoRA(r=4, init_lora_weights=init, modules_to_save=["norm"], **words)
     trainer = make_trainer(tmp_path, [callback, ReplayMix(Tokens(seed=9), share=0.4)], max_steps=3)
     torch.manual_seed(11)
-    trainer.fit(module, DataLoader(Tokens(), batch_size=4, shuffle=True))
+    trainer.fit(module, kind(Tokens(), batch_size=4, shuffle=True))
     return module, trainer
 
 
-def test_the_run_begins_in_its_own_data_and_is_otherwise_the_same(tmp_path: Path) -> None:
-    eva, _ = run(tmp_path, "eva", eva_batches=2)
-    plain, _ = run(tmp_path, "kaiming")
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_the_run_begins_in_its_own_data_and_is_otherwise_the_same(kind: type[DataLoader], tmp_path: Path) -> None:
+    eva, _ = run(tmp_path, "eva", kind, eva_batches=2)
+    plain, _ = run(tmp_path, "kaiming", kind)
     assert eva.modes == [False] * 2 + [True] * 3
     assert all(torch.equal(a, b) for a, b in zip(eva.seen, plain.seen, strict=True))
     for A in eva.first:

@@ -54,6 +54,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "frozen_A": {"lora": {"freeze_lora_A": True}, "schedule": True},
     "frozen_A_olora": {"lora": {"freeze_lora_A": True, "init_lora_weights": "olora"}},
     "eva": {"lora": {"init_lora_weights": "eva", "eva_batches": 3}, "loader": "plain", "drawing": True},
+    "eva_stateful": {"lora": {"init_lora_weights": "eva"}},
     "adamw_8bit": {"optimizer": "AdamW8bit", "quantize": "nf4", "loraplus_lr_ratio": 16},
     "paged_adamw": {"optimizer": "PagedAdamW"},
     "paged_adamw_8bit": {"optimizer": "PagedAdamW8bit", "schedule": True},
