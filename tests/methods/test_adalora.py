@@ -164,6 +164,12 @@ def test_runs_too_short_or_of_unknown_length(words: Any, trainer: Any, text: str
         run(tmp_path, words, **trainer)
 
 
+def test_a_fast_dev_run_runs(tmp_path: Path) -> None:
+    module, callback = run(tmp_path, fast_dev_run=True)
+    assert callback.allocator.schedule.total == 7
+    assert all(m.triplets.E.any() for m in layers(module).values())
+
+
 def test_a_module_that_optimizes_by_hand_is_refused(tmp_path: Path) -> None:
     class ByHand(LM):
         automatic_optimization = False
