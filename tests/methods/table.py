@@ -58,7 +58,5 @@ ROWS = (
     Row("ia3", "IA3", learns_at=5e-2),
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
-    Row("adalora", "AdaLoRA", {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}),
-    Row("vera", "VeRA", {"r": 16}, learns_at=5e-2),
     Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2),
 )
