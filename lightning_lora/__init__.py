@@ -20,17 +20,33 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks.adapter_diagnostics import AdapterDiagnostics
     from lightning_lora.callbacks.adapter_summary import AdapterSummary
     from lightning_lora.callbacks.base_kl import BaseKL
+    from lightning_lora.callbacks.bottleneck import Bottleneck
     from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
+    from lightning_lora.callbacks.full import FullTuning
     from lightning_lora.callbacks.ia3 import IA3
     from lightning_lora.callbacks.lora import LoRA
     from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+    from lightning_lora.callbacks.norms import NormTuning
+    from lightning_lora.callbacks.prefix import PrefixTuning
+    from lightning_lora.callbacks.prompt import PromptTuning
     from lightning_lora.callbacks.replay_mix import ReplayMix
     from lightning_lora.callbacks.run_report import RunReport
     from lightning_lora.callbacks.scale_sweep import ScaleSweep
     from lightning_lora.callbacks.vera import VeRA
     from lightning_lora.causal_lm.datamodule import InstructionDataModule
     from lightning_lora.causal_lm.module import CausalLMModule
-    from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
+    from lightning_lora.config import (
+        AdaLoRAConfig,
+        AdapterConfig,
+        BottleneckConfig,
+        FullTuningConfig,
+        IA3Config,
+        LoRAConfig,
+        NormTuningConfig,
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        VeRAConfig,
+    )
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
     from lightning_lora.io.loaders import validate_adapter
@@ -68,10 +84,8 @@ if TYPE_CHECKING:
 _HOME = {
     "AdaLoRA": "callbacks.adalora",
     "AdaLoRAConfig": "config",
-    "IA3": "callbacks.ia3",
-    "IA3Config": "config",
-    "AdapterConfig": "config",
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "AdapterConfig": "config",
     "AdapterDDPStrategy": "strategies.ddp",
     "AdapterDeepSpeedStrategy": "strategies.deepspeed",
     "AdapterDiagnostics": "callbacks.adapter_diagnostics",
@@ -82,13 +96,25 @@ _HOME = {
     "AdapterSummary": "callbacks.adapter_summary",
     "ApplyReport": "model.apply",
     "BaseKL": "callbacks.base_kl",
+    "Bottleneck": "callbacks.bottleneck",
+    "BottleneckConfig": "config",
     "CausalLMModule": "causal_lm.module",
     "ForgettingMonitor": "callbacks.forgetting_monitor",
+    "FullTuning": "callbacks.full",
+    "FullTuningConfig": "config",
+    "IA3": "callbacks.ia3",
+    "IA3Config": "config",
     "InstructionDataModule": "causal_lm.datamodule",
     "LoRA": "callbacks.lora",
     "LoRAConfig": "config",
     "MergeOnFitEnd": "callbacks.merge_on_fit_end",
+    "NormTuning": "callbacks.norms",
+    "NormTuningConfig": "config",
     "Plan": "planning.result",
+    "PrefixTuning": "callbacks.prefix",
+    "PrefixTuningConfig": "config",
+    "PromptTuning": "callbacks.prompt",
+    "PromptTuningConfig": "config",
     "ReplayMix": "callbacks.replay_mix",
     "RunReport": "callbacks.run_report",
     "ScaleSweep": "callbacks.scale_sweep",
@@ -122,10 +148,8 @@ _HOME = {
 __all__ = [
     "AdaLoRA",
     "AdaLoRAConfig",
-    "IA3",
-    "IA3Config",
-    "AdapterConfig",
     "AdapterCheckpoint",
+    "AdapterConfig",
     "AdapterDDPStrategy",
     "AdapterDeepSpeedStrategy",
     "AdapterDiagnostics",
@@ -136,13 +160,25 @@ __all__ = [
     "AdapterSummary",
     "ApplyReport",
     "BaseKL",
+    "Bottleneck",
+    "BottleneckConfig",
     "CausalLMModule",
     "ForgettingMonitor",
+    "FullTuning",
+    "FullTuningConfig",
+    "IA3",
+    "IA3Config",
     "InstructionDataModule",
     "LoRA",
     "LoRAConfig",
     "MergeOnFitEnd",
+    "NormTuning",
+    "NormTuningConfig",
     "Plan",
+    "PrefixTuning",
+    "PrefixTuningConfig",
+    "PromptTuning",
+    "PromptTuningConfig",
     "ReplayMix",
     "RunReport",
     "ScaleSweep",

@@ -22,19 +22,24 @@ PACKAGE = "lightning_lora"
 ORDER: dict[str, tuple[str, ...]] = {
     "version": (),
     "errors": (),
-    "config": ("base", "lora", "ia3", "adalora", "vera", "record"),
+    "config": (
+        *("base", "lora", "ia3", "adalora", "vera"),
+        *("prompt", "prefix", "bottleneck", "norms", "full", "record"),
+    ),
     "rng": (),
     "ranks": (),
     "bars": (),
     "nn": (
         *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted"),
         *("linear", "dora", "starts", "residual", "ia3", "adalora", "vera", "saved"),
+        *("tuned", "virtual", "prompt", "prefix", "bottleneck"),
     ),
     "model": (
         *(
             "inner",
             "first_inputs",
             "targets",
+            *("decoder", "blocks", "norms", "whole"),
             "methods",
             "fingerprint",
             "apply",
@@ -104,6 +109,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "callbacks": (
         *("trainer_bar", "adapting", "aside", "first_batches", "lora", "ia3", "vera", "adalora"),
+        *("prompt", "prefix", "bottleneck", "norms", "full"),
         *("adapter_checkpoint", "base_kl", "replay_mix"),
         *("merge_on_fit_end", "place", "ending", "forgetting_monitor"),
         *("adapter_summary", "adapter_diagnostics"),

@@ -25,7 +25,7 @@ from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint import load_state
 from lightning_lora.io.distributed import read_either
-from lightning_lora.io.merge import MergeReport
+from lightning_lora.io.merge import MergeReport, refuse_unmergeable
 from lightning_lora.io.merge_disk import merge_to_disk
 from lightning_lora.io.merged_folder import Inputs, check_target, compare_folder, write_merged
 from lightning_lora.io.names import adapter_root
@@ -107,6 +107,7 @@ class MergeOnFitEnd(Callback):
         """See that there will be something to merge."""
         if not is_adapted(pl_module):
             raise ConfigError("MergeOnFitEnd: the model has no adapters; add the `LoRA` callback")
+        refuse_unmergeable(pl_module)
         if self.weights == "best" and not _checkpoints(trainer):
             raise ConfigError('`weights="best"` needs a checkpoint callback; add AdapterCheckpoint(monitor=...)')
         folder = _base_folder(pl_module)

@@ -7,15 +7,31 @@ from typing import Any
 
 from lightning_lora.config.adalora import AdaLoRAConfig
 from lightning_lora.config.base import AdapterConfig, DTypeName, MasterDTypeName, QuantizeMode, matches_pattern
+from lightning_lora.config.bottleneck import BottleneckConfig, BottleneckMode, NonLinearity, Placement
+from lightning_lora.config.full import FullTuningConfig
 from lightning_lora.config.ia3 import IA3Config
 from lightning_lora.config.lora import LoRAConfig, check_ratio, scaling
+from lightning_lora.config.norms import NormTuningConfig
+from lightning_lora.config.prefix import PrefixTuningConfig
+from lightning_lora.config.prompt import PromptInit, PromptTuningConfig
 from lightning_lora.config.record import AdapterRecord, Waiting
 from lightning_lora.config.vera import VeRAConfig
 from lightning_lora.errors import ConfigError
 
 #: By `AdapterConfig.method`; who adds a method adds its class.
 METHODS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in (LoRAConfig, IA3Config, AdaLoRAConfig, VeRAConfig)
+    config.method: config
+    for config in (
+        LoRAConfig,
+        IA3Config,
+        AdaLoRAConfig,
+        VeRAConfig,
+        PromptTuningConfig,
+        PrefixTuningConfig,
+        BottleneckConfig,
+        NormTuningConfig,
+        FullTuningConfig,
+    )
 }
 
 
@@ -36,10 +52,19 @@ __all__ = [
     "AdaLoRAConfig",
     "AdapterConfig",
     "AdapterRecord",
+    "BottleneckConfig",
+    "BottleneckMode",
     "DTypeName",
+    "FullTuningConfig",
     "IA3Config",
     "LoRAConfig",
     "MasterDTypeName",
+    "NonLinearity",
+    "NormTuningConfig",
+    "Placement",
+    "PrefixTuningConfig",
+    "PromptInit",
+    "PromptTuningConfig",
     "QuantizeMode",
     "VeRAConfig",
     "Waiting",

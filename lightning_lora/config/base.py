@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -93,6 +94,10 @@ class AdapterConfig:
         """``lora_alpha`` of a module, by any of its names; 0 for a method without one."""
         return 0.0
 
+    def stored(self) -> Self:
+        """What an adapter folder says of this: the same without what only the training needed."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as primitives, for YAML, JSON and checkpoints."""
         values = dataclasses.asdict(self)
@@ -114,6 +119,20 @@ class AdapterConfig:
         if unknown:
             raise ConfigError(f"{cls.__name__} does not know {unknown}; it knows {sorted(known)}")
         return cls(**values)
+
+
+def refuse_fields(config: AdapterConfig, names: Iterable[str], why: str) -> None:
+    """See that fields that a method has no use for are as they are by default.
+
+    Args:
+        config: The configuration.
+        names: Of the fields.
+        why: The reason, for the text.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ConfigError(f"{config.title} has no `{name}`, since {why}: leave it out")
 
 
 def check_rank(name: str, value: Any) -> None:

@@ -291,7 +291,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     prefix, root = adapter_root(model)
     adapted, saved = {}, []
     for name, module in named_adapters(model):
-        if isinstance(module, SavedModule):
+        if type(module) is SavedModule:
             saved.append(name)
         elif isinstance(module, LoRALinear):
             adapted[name] = Scale(module.update_rank, _plain_number(module.update_alpha * _strength(module)))
@@ -312,7 +312,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     if row.exclude:
         choice["exclude_modules"] = spec.exclude_modules
     return {
-        "peft_type": row.name,
+        **({"peft_type": row.name} if row.name else {}),
         "task_type": task_type(root, saved),
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
@@ -339,7 +339,7 @@ def _contents(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, An
             raise UnsupportedError(f"{raw!r} is sharded or on the meta device: adapters are written from whole tensors")
         cast = fitting_cast(raw, tensor, dtype) if dtype is not None and tensor.is_floating_point() else tensor
         tensors[key] = cast.detach().cpu().contiguous().clone()
-    if PEFT_TYPES[config["peft_type"]].ranks:
+    if "peft_type" in config and PEFT_TYPES[config["peft_type"]].ranks:
         masks = kept_ranks(tensors)
         config |= {"rank_pattern": pattern_of(masks, PREFIX)}
         tensors = {key: shrunk(key, tensor, masks) for key, tensor in tensors.items()}
@@ -356,7 +356,7 @@ def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, A
         "version": package_version(),
         "layout": "peft",
         "names": "inner" if inner else "module",
-        "config": written.to_dict() if written else None,
+        "config": written.stored().to_dict() if written else None,
         **({"trained": config.to_dict()} if config and from_base else {}),
         "fingerprint": record.fingerprint if record else None,
         "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),

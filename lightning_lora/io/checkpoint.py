@@ -81,7 +81,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
     if record is None:
         raise CheckpointError("the model has no adapters; an adapter-only checkpoint would be empty")
     drawn = drawn_digests(model)
-    names = [(clean_name(name), isinstance(module, SavedModule)) for name, module in adapter_modules(model)]
+    names = [(clean_name(name), type(module) is SavedModule) for name, module in adapter_modules(model)]
     return {
         "version": VERSION,
         "config": record.config.to_dict(),

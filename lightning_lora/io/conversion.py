@@ -18,7 +18,7 @@ from lightning_lora.io.kinds import SAVED, Part, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.model.inner import clean_name, outermost
 from lightning_lora.model.methods import method_of
-from lightning_lora.model.targets import Targets, is_adaptable
+from lightning_lora.model.targets import Targets
 from lightning_lora.nn.sharded import is_sharded
 
 #: Relative difference of a base's weight and its copy that a cast to another dtype explains.
@@ -39,7 +39,8 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> AdapterConfig:
         adapted = [clean(inside(name, prefix)) for name in method_of(config).targets(model, config).adapted]
     else:
         try:
-            adapted = [name for name, m in modules.items() if folder.spec.targets(name) and is_adaptable(m)]
+            fits = method_of(config).fits
+            adapted = [name for name, m in modules.items() if folder.spec.targets(name) and fits(m)]
         except re.error as error:
             raise CheckpointError(
                 f"{folder.path / CONFIG} has a pattern that is no regular expression: {error}"

@@ -13,20 +13,35 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
+from lightning_lora.config import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    BottleneckConfig,
+    FullTuningConfig,
+    IA3Config,
+    LoRAConfig,
+    NormTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeRAConfig,
+)
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.folder import PREFIX, SHARED
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.bottleneck import BottleneckSublayer, sublayer_width
 from lightning_lora.nn.dora import MAGNITUDE, DoRALinear, magnified
 from lightning_lora.nn.ia3 import NAME as IA3
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.prefix import PrefixedDecoder, cache_shape
+from lightning_lora.nn.prompt import PromptedDecoder
 from lightning_lora.nn.residual import START_A, START_B, ResidualLoRALinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.tuned import TunedNorm
 from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
 
 #: Shapes of tensors by name.
@@ -70,6 +85,8 @@ class AdapterKind:
     inside: tuple[str, ...] = ()  # names of what a checkpoint has and no folder: it is part of the other tensors there
     shared: Mapping[str, str] = field(default_factory=dict)  # keys of what a model has once, by names inside one module
     shared_shapes: Callable[[Any, list[nn.Module]], Shapes] = lambda config, plain: {}  # their shapes, by those keys
+    alone: Callable[[str], str] | None = None  # name inside -> key, of a kind of which a model has one module
+    filed: Callable[[Any], list[str]] | None = None  # what stands in a folder, where that is not what is trained
 
     @property
     def file_names(self) -> dict[str, str]:
@@ -89,6 +106,8 @@ class AdapterKind:
         """The key in an adapter folder of a tensor by its name inside a module."""
         if own in self.shared:
             return self.shared[own]
+        if self.alone is not None:
+            return self.alone(own)
         return PREFIX + ".".join(part for part in (name, self.file_name(own)) if part)
 
     def held(self, tensors: dict[str, Tensor], strength: float, words: Callable[[], Words]) -> Held:
@@ -186,6 +205,56 @@ def _ia3_shapes(plain: nn.Module, part: Part) -> Shapes:
     return {IA3: (1, inn) if config.is_feedforward(part.name) else (out, 1)}
 
 
+def _prompt_shapes(plain: nn.Module, part: Part) -> Shapes:
+    config: Any = part.config
+    return {"adapter.embedding": (config.num_virtual_tokens, plain.get_input_embeddings().weight.shape[1])}  # type: ignore[operator]
+
+
+def _prefix_shapes(plain: nn.Module, part: Part) -> Shapes:
+    config: Any = part.config
+    layers, heads, width = cache_shape(plain)
+    return {"adapter.embedding": (config.num_virtual_tokens, layers * 2 * heads * width)}
+
+
+def _prefix_key(own: str) -> str:
+    if own.startswith("adapter.transform"):
+        raise UnsupportedError(
+            "a prefix that is trained through an MLP (`prefix_projection`) takes no adapter folder in, which holds "
+            "what an MLP gave: load it into a plain model, or go on from a checkpoint, which has the MLP"
+        )
+    return PROMPT_KEY
+
+
+def _bottleneck_shapes(plain: nn.Module, part: Part) -> Shapes:
+    config: Any = part.config
+    width = sublayer_width(plain)
+    size = config.size_for(width)
+    shapes: Shapes = {
+        "down.weight": (size, width),
+        "down.bias": (size,),
+        "up.weight": (width, size),
+        "up.bias": (width,),
+    }
+    return {f"adapter.{name}": shape for name, shape in shapes.items()}
+
+
+def _saved_shapes(plain: nn.Module, part: Part) -> Shapes:
+    return {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+
+
+def _bottleneck_tensor(module: BottleneckSublayer, name: str) -> Tensor:
+    """A folder's ``up`` holds the strength, which it has no other place for."""
+    tensor = module.live(name).detach()
+    return tensor * module.strength if name.startswith("adapter.up.") and module.strength != 1.0 else tensor
+
+
+def _live(module: AdapterModule, name: str) -> Tensor:
+    return module.live(name).detach()
+
+
+#: The one key in a folder of virtual tokens, as PEFT has it.
+PROMPT_KEY = "prompt_embeddings"
+
 #: One row for every kind, the special before the general; who adds an adapter kind adds its row.
 KINDS = (
     AdapterKind(
@@ -213,6 +282,15 @@ KINDS = (
         _lora_fold,
         ("adapter.lora_A", "adapter.lora_B"),
     ),
+    AdapterKind(PromptedDecoder, str, _live, _prompt_shapes, alone=lambda own: PROMPT_KEY),
+    AdapterKind(
+        PrefixedDecoder,
+        str,
+        lambda module, name: module.prefix().detach() if name == "prefix" else _live(module, name),
+        _prefix_shapes,
+        alone=_prefix_key,
+        filed=lambda module: ["prefix"],
+    ),
     AdapterKind(
         IA3Linear,
         lambda name: name.removeprefix("adapter."),
@@ -229,13 +307,17 @@ KINDS = (
         shared_shapes=_vera_shared,
     ),
     AdapterKind(
-        SavedModule,
-        lambda name: name.removeprefix("trained."),
-        _saved_tensor,
-        lambda plain, _: {f"trained.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()},
+        BottleneckSublayer,
+        lambda name: f"bottleneck.{name.removeprefix('adapter.')}",
+        _bottleneck_tensor,
+        _bottleneck_shapes,
     ),
+    AdapterKind(
+        TunedNorm, lambda name: f"ln_tuning_layers.{name.removeprefix('trained.')}", _saved_tensor, _saved_shapes
+    ),
+    AdapterKind(SavedModule, lambda name: name.removeprefix("trained."), _saved_tensor, _saved_shapes),
 )
-DORA, _, LORA, IA3_ROW, ADALORA, VERA, SAVED = KINDS
+DORA, _, LORA, PROMPT, PREFIX_TUNING, IA3_ROW, ADALORA, VERA, BOTTLENECK, NORM, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -256,8 +338,12 @@ def places(model: nn.Module) -> Iterator[Place]:
 
 def entries(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(key in the file, name in the model, tensor as the model uses it) of everything that adapters train."""
-    for key, raw, module, own in places(model):
-        yield key, raw, kind_of(module, raw).tensor(module, own)
+    prefix, _ = adapter_root(model)
+    for raw, module in adapter_modules(model):
+        name = clean(inside(raw, prefix))
+        kind = kind_of(module, raw)
+        for own in module.trained_names() if kind.filed is None else kind.filed(module):
+            yield kind.key(name, own), f"{raw}.{own}" if raw else own, kind.tensor(module, own)
 
 
 def linear_row(use_dora: bool) -> AdapterKind:
@@ -271,6 +357,11 @@ ROWS: dict[type[AdapterConfig], Callable[[Any, nn.Module], AdapterKind]] = {
     IA3Config: lambda config, plain: IA3_ROW,
     AdaLoRAConfig: lambda config, plain: ADALORA,
     VeRAConfig: lambda config, plain: VERA,
+    PromptTuningConfig: lambda config, plain: PROMPT,
+    PrefixTuningConfig: lambda config, plain: PREFIX_TUNING,
+    BottleneckConfig: lambda config, plain: BOTTLENECK,
+    NormTuningConfig: lambda config, plain: NORM,
+    FullTuningConfig: lambda config, plain: SAVED,
 }
 
 

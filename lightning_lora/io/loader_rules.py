@@ -25,6 +25,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 _PORTABLE = 'write it with `save_adapter(model, dir, layout="portable")`'
 _MERGE = "merge it into the base and serve the merged model"
+_OWN = "use it where it was trained, with `load_adapter`"
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,24 @@ class Loader:
     max_rank: int | None = None
 
 
-def _method(facts: Facts, loader: Loader) -> str | None:
+def _method(facts: Facts, loader: Loader) -> str | tuple[str, str] | None:
     kind = facts.config.get("peft_type")
-    return None if kind == "LORA" else f"`peft_type` is {kind!r}"
+    if kind == "LORA":
+        return None
+    kept = kind is None or kind in ("PROMPT_TUNING", "PREFIX_TUNING")  # what no weight of the base can take up
+    return (f"`peft_type` is {kind!r}", _OWN) if kept else f"`peft_type` is {kind!r}"
+
+
+def _no_type(facts: Facts, loader: Loader) -> str | None:
+    kind = facts.config.get("method")
+    return None if facts.config.get("peft_type") else f"the folder has no `peft_type`, its method is {kind!r}"
 
 
 def _incomplete(facts: Facts, loader: Loader) -> str | None:
-    if facts.config.get("peft_type") != "LORA":
-        return None  # the rule above has found that
-    if not facts.factors:
+    if facts.config.get("peft_type") == "LORA" and not facts.factors:
         return "no tensor is a `lora_A.weight` or `lora_B.weight`"
+    if not facts.shapes:
+        return "there is no tensor"
     empty = [key for key, shape in facts.shapes.items() if 0 in shape]
     if empty:
         return f"{len(empty)} tensors are empty, {empty[0]!r} first (a sharded model saved without gathering it)"
@@ -114,7 +123,8 @@ def _incomplete(facts: Facts, loader: Loader) -> str | None:
 
 
 def _prefix(facts: Facts, loader: Loader) -> str | None:
-    bare = [key for key in facts.shapes if not key.startswith(PREFIX) and key not in SHARED]
+    known = (*SHARED, "prompt_embeddings")
+    bare = [key for key in facts.shapes if not key.startswith(PREFIX) and key not in known]
     return f"{len(bare)} keys do not begin with {PREFIX!r}, {bare[0]!r} first" if bare else None
 
 
@@ -279,6 +289,7 @@ def _base_name(facts: Facts, loader: Loader) -> str | None:
 
 RULES: dict[str, Rule] = {
     "method": Rule(_method, _MERGE),
+    "no_type": Rule(_no_type, _OWN),
     "incomplete": Rule(_incomplete, "write the folder again from the trained model"),
     "prefix": Rule(_prefix, f"rename the keys so that each begins with {PREFIX!r}, or {_PORTABLE}"),
     "names": Rule(_names, f"{_PORTABLE}, which uses the names inside the transformers model"),

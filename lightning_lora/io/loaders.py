@@ -183,6 +183,7 @@ LOADERS: dict[str, Loader] = {
     "peft": Loader(
         _scale_peft,
         {
+            "no_type": "has no such method",
             **_EVERY,
             "prefix": "takes them for missing and only warns",
             "whole_module": "finds them over the whole module alone, not over the transformers model",

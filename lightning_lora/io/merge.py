@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError, MergeError
+from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.names import adapter_root, clean, parents, unwrap
 from lightning_lora.io.tied import untie_apart
-from lightning_lora.model.apply import is_adapted, mark_merged
+from lightning_lora.model.apply import adapter_modules, is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
@@ -105,14 +105,16 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     """
     if not is_adapted(model):
         raise ConfigError("the model has no adapters to merge")
+    refuse_unmergeable(model)
     before = None if inputs is None else outputs_of(model, inputs)
     report, (_, root) = MergeReport(), adapter_root(model)
     dtypes = set()
     dense = dense_dtype(model)
     todo = replaceable(model)[::-1]
+    done: set[int] = set()
     while todo:  # popped one by one, so that each old weight is freed before the next one is made
         names, module = todo.pop()
-        plain = plain_module(module, dense)
+        plain = plain_module(module, dense, done)
         if isinstance(module, AdaptedLayer):
             weight: Tensor = plain.weight  # type: ignore[assignment]
             dtypes.add(weight.dtype)
@@ -151,6 +153,7 @@ def merged_tensors(
     Yields:
         Name and CPU tensor of every parameter and persistent buffer.
     """
+    refuse_unmergeable(model)
     _, root = adapter_root(model)
     yield from ((clean(name), tensor) for name, tensor in _plain_tensors(root, dtype, report))
 
@@ -174,12 +177,27 @@ def merged_state_dict(model: nn.Module, dtype: str = "auto") -> dict[str, Any]:
     """
     if not is_adapted(model):
         raise ConfigError("the model has no adapters to merge; its own `state_dict()` is what you want")
+    refuse_unmergeable(model)
     model = unwrap(model)
     report = MergeReport()
     merged: dict[str, Any] = dict(_plain_tensors(model, dtype, report))
     check_limit(report)
     extra = {name: value for name, value in model.state_dict().items() if name.endswith("_extra_state")}
     return merged | {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+
+
+def refuse_unmergeable(model: nn.Module) -> None:
+    """See that what every adapter of a model does can be folded into weights.
+
+    Raises:
+        UnsupportedError: It cannot, with the reason.
+    """
+    for _, module in adapter_modules(model):
+        if module.unmergeable:
+            raise UnsupportedError(
+                f"{module.title} cannot be merged: {module.unmergeable}. Keep the adapter beside the base "
+                "(`save_adapter`, `load_adapter`)"
+            )
 
 
 def _plain_tensors(root: nn.Module, dtype: str, report: MergeReport | None) -> Iterator[tuple[str, Tensor]]:
@@ -242,17 +260,22 @@ def merged_weight(
     return module.merged_weight(wide).to(dtype)
 
 
-def plain_module(module: SavedModule | AdaptedLayer | PackedLinear, dense: torch.dtype | None) -> nn.Module:
+def plain_module(
+    module: SavedModule | AdaptedLayer | PackedLinear, dense: torch.dtype | None, done: set[int]
+) -> nn.Module:
     """The plain layer that an adapter module or a packed layer stands for, with its merged weight.
 
     Args:
         module: What stands in the converted model.
         dense: See `merged_weight`.
+        done: Ids of parameters of trained copies that are merged already, by way of another module that shares them.
     """
     if isinstance(module, SavedModule):
         plain = module.active
         for name, parameter in plain.named_parameters():
-            parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
+            if id(parameter) not in done:
+                parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
+                done.add(id(parameter))
         return plain.requires_grad_(False)
     weight = merged_weight(module, dense)
     layer = module.replaced if isinstance(module, AdaptedLayer) else module

@@ -323,8 +323,9 @@ def _load_transformers(root: nn.Module, part: Path) -> nn.Module:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """`module` with plain layers in place of adapters, in place."""
     dense = dense_dtype(module)
+    done: set[int] = set()
     for names, adapter in replaceable(module):
-        plain = plain_module(adapter, dense)
+        plain = plain_module(adapter, dense, done)
         if names == [""]:
             return plain
         for name in names:

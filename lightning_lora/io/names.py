@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,6 @@ from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name, inner_model, is_hf_model
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.quantized import PackedLinear
-from lightning_lora.nn.saved import SavedModule
 
 
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
@@ -27,17 +26,31 @@ def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
     """The modules of a converted model by the names that the model had before, the root left out."""
     found: dict[str, nn.Module] = {}
     replaced: dict[str, nn.Module] = {}
-    for name, module in root.named_modules():
-        owner = next((o for o in parents(name) if o in replaced), None)
-        if owner is not None:
-            if not isinstance(replaced[owner], SavedModule) or not name.startswith(f"{owner}.original."):
-                continue
-            name = owner + name.removeprefix(f"{owner}.original")
-        elif isinstance(module, AdapterModule | PackedLinear):
-            replaced[name] = module
+    for raw, module in root.named_modules():
+        name = plain_name(raw, replaced)
+        if name is None:
+            continue
+        if isinstance(module, AdapterModule | PackedLinear):
+            replaced[raw] = module
         if name:
             found.setdefault(clean(name), module)
     return found
+
+
+def plain_name(raw: str, replaced: Mapping[str, nn.Module]) -> str | None:
+    """The name that something inside a converted model had before; None for what is new, or a replaced module itself.
+
+    Args:
+        raw: Its name now.
+        replaced: The adapter modules and packed layers around it at least, by their names now.
+    """
+    name = raw
+    for owner in reversed([o for o in parents(raw) if o in replaced]):
+        inner = getattr(replaced[owner], "inner", None) if isinstance(replaced[owner], AdapterModule) else None
+        if inner is None or not name.startswith(f"{owner}.{inner}."):
+            return None
+        name = owner + name.removeprefix(f"{owner}.{inner}")
+    return name
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:

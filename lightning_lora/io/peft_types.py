@@ -7,12 +7,23 @@ What all methods have in common there (which modules, base, task) is written and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.config import AdaLoRAConfig, AdapterConfig, IA3Config, LoRAConfig, VeRAConfig
-from lightning_lora.errors import UnsupportedError
+from lightning_lora.config import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    BottleneckConfig,
+    IA3Config,
+    LoRAConfig,
+    NormTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeRAConfig,
+)
+from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.io.peft_rules import Spec, refuse_unbuilt_lora
 
 
@@ -148,14 +159,83 @@ def _refuse_biases(config: Mapping[str, Any], where: str) -> None:
 _ADALORA = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _VERA = ("r", "d_initial", "projection_prng_key", "save_projection", "vera_dropout")
 
+
+def _read_prompt(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    return PromptTuningConfig(num_virtual_tokens=_virtual_tokens(config))
+
+
+def _read_prefix(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    return PrefixTuningConfig(num_virtual_tokens=_virtual_tokens(config))
+
+
+def _virtual_tokens(config: Mapping[str, Any]) -> int:
+    count = config.get("num_virtual_tokens")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise CheckpointError(f"`num_virtual_tokens` is {count!r}, a number of 1 or more is needed")
+    return count
+
+
+def _write_prompt(config: PromptTuningConfig, chosen: Chosen) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",  # it is over
+    }
+
+
+def _write_prefix(config: PrefixTuningConfig, chosen: Chosen) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,  # what an MLP gave is in the file, not the MLP
+    }
+
+
+def _refuse_unbuilt_virtual(config: Mapping[str, Any], where: str) -> None:
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UnsupportedError(
+            f"{where}: `task_type` is {config['task_type']!r}; virtual tokens are built for causal models "
+            "(CAUSAL_LM) only."
+        )
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise UnsupportedError(
+            f"{where}: `num_transformer_submodules` is {config['num_transformer_submodules']!r}; only 1 is built."
+        )
+
+
+def _read_norms(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    return NormTuningConfig(**shared)
+
+
+def _read_bottleneck(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConfig:
+    known = {field.name for field in dataclasses.fields(BottleneckConfig)}
+    return BottleneckConfig(**{**shared, **{key: value for key, value in config.items() if key in known}})
+
+
+def _write_bottleneck(config: BottleneckConfig, chosen: Chosen) -> dict[str, Any]:
+    return config.to_dict()
+
+
+_VIRTUAL: dict[str, Any] = {"refuse": _refuse_unbuilt_virtual, "layers": False, "by_names": False}
+
 _ROWS = (
     PeftType("LORA", LoRAConfig, _read_lora, _write_lora, refuse_unbuilt_lora),
     PeftType("IA3", IA3Config, _read_ia3, _write_ia3, layers=False),
     PeftType("ADALORA", AdaLoRAConfig, _read_adalora, _write_adalora, refuse_unbuilt_lora, ranks=True),
     PeftType("VERA", VeRAConfig, _read_vera, _write_vera, _refuse_biases, exclude=False),
+    PeftType("PROMPT_TUNING", PromptTuningConfig, _read_prompt, _write_prompt, **_VIRTUAL),
+    PeftType("PREFIX_TUNING", PrefixTuningConfig, _read_prefix, _write_prefix, **_VIRTUAL),
+    PeftType("LN_TUNING", NormTuningConfig, _read_norms, lambda config, chosen: {}, layers=False),
 )
 
 PEFT_TYPES: dict[str, PeftType] = {row.name: row for row in _ROWS}
+
+#: Of methods that PEFT has not, by ``method`` in a file without a ``peft_type``: folders that this package alone loads.
+OWN_TYPES: dict[str, PeftType] = {
+    BottleneckConfig.method: PeftType(
+        "", BottleneckConfig, _read_bottleneck, _write_bottleneck, layers=False, by_names=False
+    )
+}
 
 
 def type_of(config: Mapping[str, Any], where: str) -> PeftType:
@@ -170,6 +250,8 @@ def type_of(config: Mapping[str, Any], where: str) -> PeftType:
     """
     kind = config.get("peft_type")
     row = PEFT_TYPES.get(kind) if isinstance(kind, str) else None
+    if kind is None and isinstance(config.get("method"), str):
+        row = OWN_TYPES.get(config["method"])
     if row is None:
         raise UnsupportedError(
             f"{where}: `peft_type` is {kind!r}; this version reads {', '.join(sorted(PEFT_TYPES))} only."
@@ -184,7 +266,10 @@ def type_for(config: AdapterConfig) -> PeftType:
     Raises:
         UnsupportedError: PEFT has no such method.
     """
-    row = next((row for row in PEFT_TYPES.values() if row.config is type(config)), None)
+    row = next((row for row in [*PEFT_TYPES.values(), *OWN_TYPES.values()] if row.config is type(config)), None)
     if row is None:
-        raise UnsupportedError(f"PEFT has no format for {config.title}: keep its checkpoint")
+        raise UnsupportedError(
+            f"{config.title} leaves no adapter to write: merge the model (`merge_adapters`, `MergeOnFitEnd`), or keep "
+            "its checkpoint"
+        )
     return row

@@ -120,7 +120,7 @@ def apply_adapters(
         record.shared = method.share(config, [model.get_submodule(name) for name in targets.adapted])
     base_bytes = _count(model)[1]
     model.requires_grad_(False)
-    _freeze_statistics(model, targets.saved)
+    _freeze_statistics(model, [*targets.saved, *(targets.adapted if method.in_full else [])])
     paths = _paths(model)
     for name in targets.saved:
         _replace(model, paths[name], SavedModule(model.get_submodule(name), record))
@@ -129,6 +129,7 @@ def apply_adapters(
     adapted = set(targets.adapted)
     narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
     todo = [n for n in paths if n in adapted or n in packed or n in taken]
+    todo.sort(key=lambda n: n in adapted)  # what is packed may lie inside what is adapted
     with bar("packing" if packed else "adapting", len(todo)) as advance:
         for name in todo:
             layer = original = model.get_submodule(name)
@@ -142,8 +143,11 @@ def apply_adapters(
                 layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
             if name in adapted and own is None:
                 layer = method.build(layer, record, names_of(name, prefix))
-            _replace(model, paths[name], layer.train(original.training))
+            if layer.training != original.training:  # else what lies inside is left as it is
+                layer.train(original.training)
+            _replace(model, paths[name], layer)
             advance(1)
+    method.finish(model)
     _close_fast_paths(model)
     logical, packed_bytes = _count(model, skip=set(map(id, _added(model))))
     return ApplyReport(

@@ -19,20 +19,33 @@ from lightning_lora.config import (
     AdaLoRAConfig,
     AdapterConfig,
     AdapterRecord,
+    BottleneckConfig,
+    FullTuningConfig,
     IA3Config,
     LoRAConfig,
+    NormTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     VeRAConfig,
     scaling,
 )
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
-from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets
+from lightning_lora.model.blocks import bottleneck_targets
+from lightning_lora.model.decoder import decoder_targets
+from lightning_lora.model.norms import is_norm, norm_targets
+from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets, is_adaptable
+from lightning_lora.model.whole import whole_targets
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.bottleneck import BottleneckSublayer
 from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.prefix import PrefixedDecoder
+from lightning_lora.nn.prompt import PromptedDecoder
 from lightning_lora.nn.residual import ResidualLoRALinear, residual_base
+from lightning_lora.nn.tuned import TunedModule, TunedNorm, tie_copies
 from lightning_lora.nn.vera import Projections, VeRALinear
 
 #: (module that is replaced, record, the module's names) -> what stands in its place.
@@ -51,6 +64,9 @@ class Method:
         targets: Chooses modules; linears, as ``target_modules`` says, if not given.
         first: Makes the module from the user's own, before that is packed, and packs it itself; None to leave it.
         share: Makes what the modules have in common, from those that are chosen; it is kept as the record's ``shared``.
+        fits: Whether a module is one that it can stand on, where names in a folder choose them.
+        in_full: Whether it trains copies of what it chooses.
+        finish: Done to the model once all modules stand in their places.
     """
 
     build: Build
@@ -58,6 +74,9 @@ class Method:
     targets: Callable[[nn.Module, Any], Targets] = find_targets
     first: First = lambda layer, record, names, device: None
     share: Callable[[Any, list[nn.Module]], Any] | None = None
+    fits: Callable[[nn.Module], bool] = is_adaptable
+    in_full: bool = False
+    finish: Callable[[nn.Module], None] = lambda model: None
 
 
 def _lora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
@@ -109,11 +128,24 @@ def _projections(config: VeRAConfig, layers: list[nn.Module]) -> Projections:
     return Projections(config.r, *widest(layers), config.projection_prng_key, torch_dtype(config.adapter_dtype))
 
 
+def _tie(model: nn.Module) -> None:
+    tie_copies([module for module in model.modules() if isinstance(module, TunedModule)])
+
+
 METHODS: dict[type[AdapterConfig], Method] = {
     LoRAConfig: Method(_lora, beside=True, first=_from_base),
     IA3Config: Method(_ia3, targets=_ia3_targets),
     AdaLoRAConfig: Method(_adalora),
     VeRAConfig: Method(_vera, share=_projections),
+    PromptTuningConfig: Method(lambda layer, record, _: PromptedDecoder(layer, record), targets=decoder_targets),
+    PrefixTuningConfig: Method(lambda layer, record, _: PrefixedDecoder(layer, record), targets=decoder_targets),
+    BottleneckConfig: Method(lambda layer, record, _: BottleneckSublayer(layer, record), targets=bottleneck_targets),
+    NormTuningConfig: Method(
+        lambda layer, record, _: TunedNorm(layer, record), targets=norm_targets, fits=is_norm, in_full=True
+    ),
+    FullTuningConfig: Method(
+        lambda layer, record, _: TunedModule(layer, record), targets=whole_targets, in_full=True, finish=_tie
+    ),
 }
 
 

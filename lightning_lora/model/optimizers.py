@@ -46,7 +46,7 @@ class Succession:
         old = reference() if reference is not None else None
         if reference is not None and old is not None:
             known = self._heirs.setdefault(id(old), (reference, []))
-            known[1].extend(heirs)
+            known[1].extend(heir for heir in heirs if not any(heir is other for other in known[1]))
 
     def heirs(self, old: nn.Parameter) -> list[nn.Parameter]:
         """The parameters that stand for ``old`` now."""

@@ -45,12 +45,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     linears = _linears(model)
     prefix = inner_model(model)[0]
     heads = find_heads(model, linears)
-    saved = _saved(model, config, prefix)
-    fresh = [name for name in _fresh_task_heads(model) if not _under(name, saved)]
-    if fresh:
-        _notice_task_head(fresh)
-    saved = outermost(dict.fromkeys(saved + fresh))
-    free = [name for name in linears if not _under(name, saved)]
+    saved = saved_modules(model, config, prefix)
+    free = [name for name in linears if not under(name, saved)]
     if config.target_modules == "all-linear":
         chosen = [name for name in free if name not in heads]
         _say_other_maps(model)
@@ -62,22 +58,59 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     if config.exclude_modules is not None:
         chosen = [name for name in chosen if not matches(config.exclude_modules, name, prefix)]
         _say_unused_excludes(config.exclude_modules, linears, prefix)
-    chosen = _in_layers(chosen, config)
+    chosen = in_layers(chosen, config)
     if not chosen and not saved:
         raise TargetError(_nothing_matched(model, config, linears))
     if not chosen:
         raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
     _check_patterns(config, chosen, prefix)
+    return Targets(chosen, packed_linears(model, config, saved, chosen), saved)
+
+
+def packed_linears(model: nn.Module, config: AdapterConfig, saved: list[str], chosen: list[str]) -> list[str]:
+    """Linears that are packed when the base is quantized: all but heads, excluded ones and those in saved modules.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        saved: Names of modules that are trained in full.
+        chosen: Names of linears that are packed though they are heads: those that get an adapter.
+
+    Raises:
+        UnsupportedError: The base is to be packed and bitsandbytes has quantized it already.
+    """
+    linears, prefix = _linears(model), inner_model(model)[0]
+    heads = find_heads(model, linears)
     _say_untied(model, saved)
     _check_other_owner(linears, config)
     excluded = config.exclude_modules
     packed = [
         name
-        for name in free
-        if (name not in heads or name in chosen) and not (excluded and matches(excluded, name, prefix))
+        for name in linears
+        if not under(name, saved)
+        and (name not in heads or name in chosen)
+        and not (excluded and matches(excluded, name, prefix))
     ]
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # packing would take it away
-    return Targets(chosen, [name for name in packed if id(linears[name].weight) not in embedded], saved)
+    return [name for name in packed if id(linears[name].weight) not in embedded]
+
+
+def saved_modules(model: nn.Module, config: AdapterConfig, prefix: str) -> list[str]:
+    """Modules that are trained in full: those of ``modules_to_save``, and fresh task heads.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        prefix: Where the transformers model lies.
+
+    Raises:
+        TargetError: An entry matches nothing.
+    """
+    saved = _saved(model, config, prefix)
+    fresh = [name for name in _fresh_task_heads(model) if not under(name, saved)]
+    if fresh:
+        _notice_task_head(fresh)
+    return outermost(dict.fromkeys(saved + fresh))
 
 
 def find_heads(model: nn.Module, linears: dict[str, nn.Module] | None = None) -> set[str]:
@@ -170,7 +203,7 @@ def _saved(model: nn.Module, config: AdapterConfig, prefix: str) -> list[str]:
     for entry in config.modules_to_save or []:
         found = [name for name in modules if matches([entry], name, prefix)]
         if not found:
-            raise TargetError(f"`modules_to_save` entry {entry!r} matches no module{_near(entry, modules)}")
+            raise TargetError(f"`modules_to_save` entry {entry!r} matches no module{nearest(entry, modules)}")
         saved += found
     return saved
 
@@ -196,7 +229,8 @@ def _notice_task_head(names: list[str]) -> None:
     warnings.warn(text, Notice, stacklevel=4)
 
 
-def _under(name: str, parents: list[str]) -> bool:
+def under(name: str, parents: list[str]) -> bool:
+    """Whether a module is one of ``parents`` or inside one."""
     return any(name == p or name.startswith(f"{p}.") for p in parents)
 
 
@@ -213,7 +247,8 @@ def _notice_no_head(names: list[str]) -> None:
     )
 
 
-def _in_layers(names: list[str], config: AdapterConfig) -> list[str]:
+def in_layers(names: list[str], config: AdapterConfig) -> list[str]:
+    """Those of ``names`` that lie in the blocks of ``layers_to_transform``."""
     wanted = config.layers_to_transform
     if wanted is None:
         return names
@@ -231,7 +266,9 @@ def _say_unused_excludes(spec: str | list[str], linears: dict[str, nn.Module], p
     entries: list[str | list[str]] = [spec] if isinstance(spec, str) else [[entry] for entry in spec]
     for entry in entries:
         if not any(matches(entry, name, prefix) for name in linears):
-            text = f"`exclude_modules` entry {''.join(entry)!r} matches no linear layer{_near(''.join(entry), linears)}"
+            text = (
+                f"`exclude_modules` entry {''.join(entry)!r} matches no linear layer{nearest(''.join(entry), linears)}"
+            )
             warnings.warn(text, Notice, stacklevel=4)
 
 
@@ -252,7 +289,7 @@ def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, 
             )
         unmatched.append(entry)
     if unmatched and len(unmatched) < len(spec):
-        hints = "".join(_near(entry, linears) for entry in unmatched[:1])
+        hints = "".join(nearest(entry, linears) for entry in unmatched[:1])
         warnings.warn(f"`target_modules` entries {unmatched} match no linear layer{hints}", Notice, stacklevel=3)
 
 
@@ -260,14 +297,14 @@ def _check_patterns(config: AdapterConfig, chosen: list[str], prefix: str) -> No
     for field, table in config.patterns().items():
         for key in table:
             if not any(matches_pattern(key, *names_of(name, prefix)) for name in chosen):
-                raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{_near(key, chosen)}")
+                raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{nearest(key, chosen)}")
 
 
 def _say_untied(model: nn.Module, saved: list[str]) -> None:
     """A weight that two modules share is trained in the saved one alone."""
     parts = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
     outside = [
-        name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parts and not _under(name, saved)
+        name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parts and not under(name, saved)
     ]
     if outside:
         warnings.warn(
@@ -293,7 +330,7 @@ def _nothing_matched(model: nn.Module, config: AdapterConfig, linears: dict[str,
         return "the model has no linear layer to adapt (was it built yet? build it in __init__ or configure_model)"
     spec = config.target_modules
     entries = [spec] if isinstance(spec, str) else spec
-    hint = "" if spec == "all-linear" else "".join(_near(entry, linears) for entry in entries[:2])
+    hint = "" if spec == "all-linear" else "".join(nearest(entry, linears) for entry in entries[:2])
     if isinstance(spec, str) and any(matches([spec], name) for name in linears):
         hint = f"; a string is a regular expression for whole names: write [{spec!r}] for a name's end"
     limits = [
@@ -305,7 +342,7 @@ def _nothing_matched(model: nn.Module, config: AdapterConfig, linears: dict[str,
     return f"`target_modules`={spec!r}{narrowed} chose none of {len(linears)} linear layers{hint or _sample(linears)}"
 
 
-def _near(entry: str, names: Iterable[str]) -> str:
+def nearest(entry: str, names: Iterable[str]) -> str:
     """``; the nearest names are ...``, comparing last name parts first."""
     by_suffix = {name.rsplit(".", 1)[-1]: name for name in names}
     close = difflib.get_close_matches(entry, list(by_suffix), n=3, cutoff=0.5)

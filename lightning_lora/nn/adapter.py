@@ -51,6 +51,10 @@ class AdapterModule(nn.Module):
     title: str = "this method"
     #: What it was built for; all else is refused by name.
     built_for: frozenset[Use] = frozenset()
+    #: Why what it does cannot be folded into weights; None where it can.
+    unmergeable: str | None = None
+    #: The child that is the user's module, where others of the user's modules lie inside it that have names in files.
+    inner: str | None = None
 
     def __init__(self, record: AdapterRecord) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ class SavedModule(AdapterModule):
     """
 
     title = "`modules_to_save`"
+    inner = "original"
     built_for = frozenset({"fsdp2", "deepspeed", "tensor_parallel", "mixed_batch", "beside"})
 
     def __init__(self, original: nn.Module, record: AdapterRecord) -> None:

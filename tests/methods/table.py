@@ -21,6 +21,7 @@ class Row:
         settings: Its arguments.
         learns_at: Learning rate at which a few steps move it visibly.
         exact: Whether the frozen part is the base itself, so that off is the base bit for bit.
+        begins: Whether it begins as the base.
         merges: Whether it has a merged form; else merging is refused by name.
         peft: Whether PEFT has it; else there is no folder and it is refused by name.
         own_folder: Whether we write a folder for it although PEFT has no such method.
@@ -32,6 +33,7 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     learns_at: float = 1e-2
     exact: bool = True
+    begins: bool = True
     merges: bool = True
     peft: bool = True
     own_folder: bool = False
@@ -59,4 +61,16 @@ ROWS = (
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
     Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2),
+    Row("prompt", "PromptTuning", {"num_virtual_tokens": 4}, begins=False, merges=False),
+    Row("prefix", "PrefixTuning", {"num_virtual_tokens": 4}, begins=False, merges=False),
+    Row(
+        "bottleneck",
+        "Bottleneck",
+        {"placement": "houlsby", "bottleneck_size": 6},
+        merges=False,
+        peft=False,
+        own_folder=True,
+    ),
+    Row("norms", "NormTuning"),
+    Row("full", "FullTuning", learns_at=1e-3, peft=False, packed=False),
 )
