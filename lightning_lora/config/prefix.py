@@ -32,7 +32,7 @@ class PrefixTuningConfig(AdapterConfig):
 
     method: ClassVar[str] = "prefix_tuning"
     title: ClassVar[str] = "prefix tuning"
-    free_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.free_fields, "init_weights")
+    free_fields: ClassVar[tuple[str, ...]] = ("compute_dtype", "init_weights")
 
     num_virtual_tokens: int = 20
     prefix_projection: bool = False

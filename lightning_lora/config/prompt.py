@@ -37,8 +37,7 @@ class PromptTuningConfig(AdapterConfig):
     method: ClassVar[str] = "prompt_tuning"
     title: ClassVar[str] = "prompt tuning"
     free_fields: ClassVar[tuple[str, ...]] = (
-        *AdapterConfig.free_fields,
-        *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
+        *("compute_dtype", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
     )
 
     num_virtual_tokens: int = 20

@@ -166,7 +166,7 @@ def test_its_folder_comes_back_and_peft_takes_it(row: Row, runs: Any, tmp_path: 
         from peft import PeftModel
 
         theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
-        assert near(logits(theirs), live) < 1e-5
+        assert near(logits(theirs)[:, -live.shape[1] :], live) < 1e-5  # PEFT's virtual tokens have logits too
         theirs.save_pretrained(tmp_path / "theirs")
         back = tiny_llama()
         with warnings.catch_warnings():
