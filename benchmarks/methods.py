@@ -26,13 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # the examples are not a package
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from forgetting import measure_base, quiet, score_held, share_out, target_loss, trainer
+from forgetting import TASK_NAMES, quiet, share_out, target_loss, trainer
 from memory import saved_by_layer
 from methods_report import best_rate, report
 
 import lightning_lora
 from demo.shakespeare import Shakespeare, ShakespeareData
+from lightning_lora.forgetting.scoring import Scorer
+from lightning_lora.forgetting.tasks import load_tasks
+from small_base.data import MODEL_DIR
 
+STRIDE = 2  # every second document of the held half is asked
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
@@ -109,8 +113,13 @@ def measure_costs(names: list[str], rounds: int = 8) -> dict[str, dict[str, floa
 
 
 def look(run: L.Trainer, module: L.LightningModule, tasks: Path) -> dict[str, Any]:
-    """What was learned and, on the held half of the tasks, what was forgotten."""
-    return {"loss": target_loss(run, module), "held": score_held(module, tasks)}
+    """What was learned and, on the held half of the tasks, what was forgotten: each document's answer, by task."""
+    loaded = load_tasks([str(tasks / "held" / f"{name}.yaml") for name in TASK_NAMES])
+    scorer = Scorer(module, str(MODEL_DIR))
+    with scorer.quietly():
+        scores = scorer.score(loaded, {name: range(0, task.n_docs, STRIDE) for name, task in loaded.items()})
+    held = {name: [score.correct for score in found] for name, found in scores.items()}
+    return {"loss": target_loss(run, module), "held": held}
 
 
 def make_run(name: str, lr: float, seed: int, steps: int, early: int, tasks: Path) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def main() -> int:
     runs.mkdir(parents=True, exist_ok=True)
     names = [name for name in METHODS if not args.only or name in args.only]
     if not args.report:
-        _once(runs / "base.json", lambda: measure_base(tasks))
+        _once(runs / "base.json", lambda: look(trainer(1, []), Shakespeare(), tasks))
         for name in names:
             _once(runs / f"costs-{name}.json", lambda name=name: measure_costs(list(dict.fromkeys(["lora", name]))))
         costs = {name: json.loads((runs / f"costs-{name}.json").read_text()) for name in names}
