@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
+from lightning_lora.nn.adapted import AdaptedLayer, AdaptedLinear
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.residual import ResidualLoRALinear
@@ -154,16 +155,22 @@ def adapter_spectra(
     """
     found = {}
     for name, module in adapter_modules(model):
-        if not isinstance(module, LoRALinear):
+        update = module.low_rank() if isinstance(module, AdaptedLayer) else None
+        if update is None:
             continue
         own = clean_name(name)
         gradient_A, gradient_B = (grad_norms or {}).get(own, (math.nan, math.nan))
-        A, B = module.update_factors()
-        values = singular_values(whole(A), whole(B), module.scaling * module.strength)
+        values = singular_values(whole(update.A), whole(update.B), update.factor)
         base = math.nan if base_norms is None else base_norms.get(own, math.nan)
-        found[own] = Spectrum(module.update_rank, values, base, gradient_A, gradient_B)
+        found[own] = Spectrum(update.A.shape[0], values, base, gradient_A, gradient_B)
     if not found:
-        raise AdapterMismatchError("the model has no low-rank adapters to look at; add the `LoRA` callback")
+        others = sorted({module.title for _, module in adapter_modules(model)})
+        raise AdapterMismatchError(
+            f"the model has no low-rank adapters to look at, {' and '.join(others)} changes it in another way: leave "
+            "`AdapterDiagnostics` out"
+            if others
+            else "the model has no low-rank adapters to look at; add the `LoRA` callback"
+        )
     return found
 
 
@@ -173,10 +180,10 @@ def base_norms(model: nn.Module) -> dict[str, float]:
 
     A packed weight is dequantized for it, one at a time. One that is sharded and packed has none, NaN.
     """
-    return {clean_name(n): _norm(m) for n, m in adapter_modules(model) if isinstance(m, LoRALinear)}
+    return {clean_name(n): _norm(m) for n, m in adapter_modules(model) if isinstance(m, AdaptedLinear)}
 
 
-def _norm(module: LoRALinear) -> float:
+def _norm(module: AdaptedLinear) -> float:
     base = module.base_layer
     tensors = [*base.parameters(), *base.buffers()]
     if any(t.is_meta for t in tensors):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord
-from lightning_lora.nn.adapted import AdaptedLinear
+from lightning_lora.nn.adapted import AdaptedLinear, LowRank
 from lightning_lora.nn.adapter import KeepsDType, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
 from lightning_lora.nn.layers import device_of
@@ -97,6 +97,11 @@ class AdaLoRALinear(AdaptedLinear):
     def watched(self) -> list[nn.Parameter]:
         """E: while it is zero, the gradients of A and B are too."""
         return [self.adapter.lora_E]
+
+    def low_rank(self) -> LowRank:
+        """See `AdaptedLayer.low_rank`."""
+        A, E, B = self.triplets
+        return LowRank(A * E, B, self.scaling * self.strength)
 
     def untrained(self) -> bool:
         """Whether E is exactly zero."""

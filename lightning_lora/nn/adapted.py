@@ -11,7 +11,7 @@ lies in a submodule ``adapter`` of its own, so that sharding, checkpoints and ca
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.functional import WeightOf
 from lightning_lora.nn.layers import is_conv1d, is_transparent, linear_shape
 from lightning_lora.nn.quantized import PackedLinear, compute_dtype, is_autocast, output_dtype
+
+
+class LowRank(NamedTuple):
+    """An update ``factor * B A``.
+
+    Args:
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        factor: What the product is multiplied by, strength and all.
+    """
+
+    A: Tensor
+    B: Tensor
+    factor: float
 
 
 class AdaptedLayer(AdapterModule):
@@ -74,6 +88,10 @@ class AdaptedLayer(AdapterModule):
     def own_names(self) -> list[str]:
         """The parameters of ``adapter``."""
         return [f"adapter.{name}" for name, _ in self.adapter.named_parameters()]
+
+    def low_rank(self) -> LowRank | None:
+        """The update that is in use, of a method whose updates are of low rank; None of another."""
+        return None
 
     def base_output(self, x: Tensor) -> Tensor:
         """What `forward` gives without an adapter."""

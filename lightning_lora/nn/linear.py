@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, LoRAConfig, scaling
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.nn.adapted import AdaptedLinear
+from lightning_lora.nn.adapted import AdaptedLinear, LowRank
 from lightning_lora.nn.adapter import Held, KeepsDType, Use, torch_dtype
 from lightning_lora.nn.functional import add_lora, lora_linear
 from lightning_lora.nn.layers import device_of, is_transparent
@@ -261,6 +261,10 @@ class LoRALinear(AdaptedLinear):
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the update of the user's layer, ``strength * scaling * B A``, as files and spectra have it."""
         return self.lora_A.detach(), self.lora_B.detach()
+
+    def low_rank(self) -> LowRank:
+        """See `AdaptedLayer.low_rank`."""
+        return LowRank(*self.update_factors(), self.scaling * self.strength)
 
     def untrained(self) -> bool:
         """Whether B is exactly zero."""

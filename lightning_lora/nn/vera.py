@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, VeRAConfig
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.nn.adapted import AdaptedLinear
+from lightning_lora.nn.adapted import AdaptedLinear, LowRank
 from lightning_lora.nn.adapter import KeepsDType, torch_dtype
 from lightning_lora.nn.functional import (
     RECOMPUTED,
@@ -155,6 +155,11 @@ class VeRALinear(AdaptedLinear):
     def watched(self) -> list[nn.Parameter]:
         """lambda_b: while it is zero, the gradient of lambda_d is too."""
         return [self.adapter.vera_lambda_b]
+
+    def low_rank(self) -> LowRank:
+        """See `AdaptedLayer.low_rank`."""
+        b, d = self.adapter.vera_lambda_b, self.adapter.vera_lambda_d
+        return LowRank(d.unsqueeze(1) * self.vera_A, b.unsqueeze(1) * self.vera_B, self.strength)
 
     def untrained(self) -> bool:
         """Whether lambda_b is exactly zero."""

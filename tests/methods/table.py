@@ -25,6 +25,7 @@ class Row:
         merges: Whether it has a merged form; else merging is refused by name.
         peft: Whether PEFT has it; else there is no folder and it is refused by name.
         own_folder: Whether we write a folder for it although PEFT has no such method.
+        low_rank: Whether its updates are of low rank, so that spectra say something.
         packed: Whether it goes with a packed base; else that is refused by name.
     """
 
@@ -38,6 +39,7 @@ class Row:
     peft: bool = True
     own_folder: bool = False
     packed: bool = True
+    low_rank: bool = True
 
     def make(self, **settings: Any) -> AdapterCallback:
         """The callback."""
@@ -57,7 +59,7 @@ ROWS = (
     Row("rslora", "LoRA", {"r": 4, "use_rslora": True}),
     Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}),
     Row("dora", "LoRA", {"r": 4, "use_dora": True}),
-    Row("ia3", "IA3", learns_at=5e-2),
+    Row("ia3", "IA3", learns_at=5e-2, low_rank=False),
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
     Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2),

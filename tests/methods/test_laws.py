@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterSummary,
+    ForgettingMonitor,
     adapter_state_dict,
     apply_adapters,
     disable_adapters,
@@ -24,10 +27,13 @@ from lightning_lora import (
     save_adapter,
     set_adapter_scale,
 )
+from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.config import AdapterConfig, config_from_dict
-from lightning_lora.errors import UnsupportedError
+from lightning_lora.errors import AdapterMismatchError, UnsupportedError
 from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
 from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.spectrum import adapter_spectra
+from tests.forgetting import tiny
 from tests.helpers import LM, loader, make_trainer, tiny_gpt2, tiny_llama
 from tests.methods.table import ROWS, Row
 
@@ -139,6 +145,51 @@ def test_a_module_from_its_checkpoint(row: Row, runs: Any) -> None:
     module, files = runs(row)
     again = load_from_checkpoint(Net, files[-1])
     assert torch.equal(logits(again.net), logits(module.net))
+
+
+@pytest.mark.slow
+@every_method
+def test_what_looks_at_a_run_leaves_its_bits(row: Row, runs: Any, tmp_path: Path) -> None:
+    tasks = tiny.write_task(tmp_path, "kept", tiny.items(8))
+    watched: dict[bool, nn.Module] = {}
+    for looks in (False, True):
+        torch.manual_seed(7)
+        student = tiny.Student()
+        callbacks: list[Any] = [row.make()]
+        if looks:
+            monitor = ForgettingMonitor(str(tasks), tiny.tokenizer(), every_n_steps=2, items_per_eval=4)
+            callbacks += [AdapterSummary(), monitor]
+        trainer = make_trainer(tmp_path, callbacks, max_steps=3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(student, tiny.loader())
+        watched[looks] = student
+    assert monitor.report is not None
+    one, other = (adapter_state_dict(student) for student in watched.values())
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@every_method
+def test_diagnostics_look_at_updates_of_low_rank_and_name_the_others(row: Row, runs: Any) -> None:
+    module, _ = runs(row)
+    if row.low_rank:
+        for name, spectrum in adapter_spectra(module).items():
+            layer: Any = module.get_submodule(name)
+            size = float(layer.delta_weight().norm())
+            assert row.name == "dora" or spectrum.norm == pytest.approx(size, rel=1e-3, abs=1e-6)
+    else:
+        with pytest.raises(AdapterMismatchError, match=f"{row.config().title} changes it in another way"):
+            adapter_spectra(module)
+
+
+@every_method
+def test_from_yaml_it_is_the_same(row: Row, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    callback = {"class_path": f"lightning_lora.{row.callback}", "init_args": row.settings}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback], "logger": False, "accelerator": "cpu"}}))
+    cli = LightningCLI(Net, args=["--config", str(config)], run=False, save_config_callback=None)
+    (made,) = [c for c in cli.trainer.callbacks if isinstance(c, AdapterCallback)]  # type: ignore[attr-defined]
+    assert made.config == row.config()
 
 
 @every_method
