@@ -41,10 +41,8 @@ METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix("
 
 
 def callbacks_of(name: str) -> list[L.Callback]:
-    """The one callback that makes the method; none for full fine-tuning without a kept copy."""
+    """The one callback that makes the method."""
     row = METHODS[name]
-    if row["class_path"] is None:
-        return []
     return [getattr(lightning_lora, row["class_path"])(**row.get("init_args", {}))]
 
 

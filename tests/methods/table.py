@@ -67,8 +67,8 @@ ROWS = (
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
     Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2),
-    Row("prompt", "PromptTuning", {"num_virtual_tokens": 4}, begins=False, merges=False),
-    Row("prefix", "PrefixTuning", {"num_virtual_tokens": 4}, begins=False, merges=False),
+    Row("prompt", "PromptTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
+    Row("prefix", "PrefixTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
     Row(
         "bottleneck",
         "Bottleneck",
@@ -76,7 +76,8 @@ ROWS = (
         merges=False,
         peft=False,
         own_folder=True,
+        low_rank=False,
     ),
-    Row("norms", "NormTuning"),
-    Row("full", "FullTuning", learns_at=1e-3, peft=False, packed=False),
+    Row("norms", "NormTuning", low_rank=False),
+    Row("full", "FullTuning", learns_at=1e-3, peft=False, packed=False, low_rank=False),
 )
