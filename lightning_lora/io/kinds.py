@@ -39,7 +39,7 @@ from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.prefix import PrefixedDecoder, cache_shape
 from lightning_lora.nn.prompt import PromptedDecoder
-from lightning_lora.nn.residual import START_A, START_B, ResidualLoRALinear
+from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.tuned import TunedNorm
 from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
@@ -82,7 +82,6 @@ class AdapterKind:
     shapes: Callable[[nn.Module, Part], Shapes]  # (plain module, what it gets) -> by name inside, each tensor's shape
     fold: Fold | None = None  # how it changes a linear layer's weight, for a kind with a rank and a scale
     names: tuple[str, ...] = ()  # inside every module of such a kind
-    inside: tuple[str, ...] = ()  # names of what a checkpoint has and no folder: it is part of the other tensors there
     shared: Mapping[str, str] = field(default_factory=dict)  # keys of what a model has once, by names inside one module
     shared_shapes: Callable[[Any, list[nn.Module]], Shapes] = lambda config, plain: {}  # their shapes, by those keys
     alone: Callable[[str], str] | None = None  # name inside -> key, of a kind of which a model has one module
@@ -272,7 +271,7 @@ KINDS = (
         _lora_shapes,
         _lora_fold,
         ("adapter.lora_A", "adapter.lora_B"),
-        (START_A, START_B),
+        filed=lambda module: ["adapter.lora_A", "adapter.lora_B"],
     ),
     AdapterKind(
         LoRALinear,
@@ -331,8 +330,6 @@ def places(model: nn.Module) -> Iterator[Place]:
         name = clean(inside(raw, prefix))
         kind = kind_of(module, raw)
         for own in module.trained_names():
-            if own in kind.inside:
-                continue
             yield kind.key(name, own), f"{raw}.{own}" if raw else own, module, own
 
 

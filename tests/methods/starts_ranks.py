@@ -38,7 +38,9 @@ WORDS: dict[str, dict[str, Any]] = {
 class Early(L.Callback):
     """Keeps A as it is before the first step."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 0:
             self.A = [m.lora_A.detach().clone() for _, m in adapter_modules(pl_module)]
 

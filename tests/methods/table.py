@@ -21,6 +21,7 @@ class Row:
         settings: Its arguments.
         learns_at: Learning rate at which a few steps move it visibly.
         exact: Whether the frozen part is the base itself, so that off is the base bit for bit.
+        tolerance: How far off is from the base where it is not, relative to its logits.
         begins: Whether it begins as the base.
         merges: Whether it has a merged form; else merging is refused by name.
         peft: Whether PEFT has it; else there is no folder and it is refused by name.
@@ -34,6 +35,7 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     learns_at: float = 1e-2
     exact: bool = True
+    tolerance: float = 1e-5
     begins: bool = True
     merges: bool = True
     peft: bool = True
@@ -58,6 +60,17 @@ ROWS = (
     Row("lora", "LoRA", {"r": 4}),
     Row("rslora", "LoRA", {"r": 4, "use_rslora": True}),
     Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}),
+    Row("lora-fa", "LoRA", {"r": 4, "freeze_lora_A": True}),
+    Row("eva", "LoRA", {"r": 4, "init_lora_weights": "eva", "eva_batches": 2}),
+    Row("pissa", "LoRA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, exact=False),
+    Row("olora", "LoRA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"}, exact=False),
+    Row(  # what its packed base and its start leave out of the base is there in all that it computes
+        "loftq",
+        "LoRA",
+        {"r": 4, "lora_alpha": 4, "init_lora_weights": "loftq", "loftq_iter": 3, "quantize": "nf4"},
+        exact=False,
+        tolerance=0.2,
+    ),
     Row("dora", "LoRA", {"r": 4, "use_dora": True}),
     Row("lora-fa", "LoRA", {"r": 4, "freeze_lora_A": True}),
     Row("eva", "LoRA", {"r": 4, "init_lora_weights": "eva", "eva_batches": 2}),
