@@ -86,7 +86,7 @@ def _head(dir: str, facts: Any) -> str:
     known = ("lora_alpha", "use_rslora", "quantize", "lora_dropout")
     lines = [
         f"{dir}: {'checkpoint' if facts.checkpoint else 'adapter folder'}{where}, "
-        f"{len(facts.modules)} low-rank modules, {facts.parameters:,} parameters",
+        f"{_kind(facts)}, {facts.parameters:,} parameters",
         ", ".join(
             filter(
                 None,
@@ -109,6 +109,10 @@ def _head(dir: str, facts: Any) -> str:
     elif config.get("base_model_name_or_path"):
         lines.append(f"base: {config['base_model_name_or_path']}, without a fingerprint")
     return "\n".join(lines)
+
+
+def _kind(facts: Any) -> str:
+    return facts.title if facts.title != "LoRA" else f"{len(facts.modules)} low-rank modules"
 
 
 def _modules(found: dict[str, Any], sort: str, limit: int) -> str:

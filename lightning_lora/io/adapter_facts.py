@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from lightning_lora.io.names import clean
 from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.model.spectrum import Spectrum, singular_values
 
+#: In the keys of what an adapter has of its own beside LoRA's pairs.
+_OWN = re.compile(r"(^|\.)(lora|ia3|vera)_|base_model\.vera_")
+
 
 @dataclass(frozen=True)
 class AdapterFacts:
@@ -35,6 +39,7 @@ class AdapterFacts:
         modules: The spectrum of each low-rank module, by name.
         saved: Names of what was trained in full.
         parameters: How many parameters the file holds.
+        title: What the method is called.
     """
 
     checkpoint: bool
@@ -44,6 +49,7 @@ class AdapterFacts:
     modules: dict[str, Spectrum]
     saved: list[str]
     parameters: int
+    title: str = LoRAConfig.title
 
 
 def adapter_facts(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> AdapterFacts:
@@ -70,8 +76,9 @@ def adapter_facts(path: str | os.PathLike[str], base: str | os.PathLike[str] | N
         folder.record.get("fingerprint"),
         None,
         _spectra({name: pairs[name] for name in sorted(pairs, key=_order)}, scales, base),
-        list(dict.fromkeys(key.rpartition(".")[0] for key in rest if ".lora_" not in key)),  # DoRA has a third factor
-        sum(tensor.numel() for tensor in tensors.values()),
+        list(dict.fromkeys(key.rpartition(".")[0] for key in rest if not _OWN.search(key))),
+        folder.parameters,
+        folder.kind.config.title,
     )
 
 
@@ -105,6 +112,7 @@ def _of_checkpoint(path: Path, base: str | os.PathLike[str] | None) -> AdapterFa
         _spectra(pairs, scales, base),
         list(entry["saved"]),
         sum(tensor.numel() for key, tensor in state.items() if key in wanted or key in saved),
+        config.title,
     )
 
 

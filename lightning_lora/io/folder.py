@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -52,17 +53,12 @@ class AdapterFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], record: dict[str, Any], identity: tuple[int, ...]) -> None:
         self.path, self.config, self.record, self._identity = path, config, record, identity
-        masked = config.get("rank_pattern") if self._has_masks(config) else None
-        self.spec = Spec.from_json(config if masked is None else {**config, "rank_pattern": None})
-        self._masks = {} if masked is None else pattern_masks(config, PREFIX, str(path / CONFIG))
+        masked = _says_ranks(config)
+        self.spec = Spec.from_json({**config, "rank_pattern": None} if masked else config)
+        self._masks = pattern_masks(config, PREFIX, str(path / CONFIG)) if masked else {}
         self._file = MappedFile(path / WEIGHTS)
         self._copies = _base_copies(self._file.entries)
         self._keys = [key for key in self._file.entries if key not in self._copies]
-
-    @staticmethod
-    def _has_masks(config: Mapping[str, Any]) -> bool:
-        kind = PEFT_TYPES.get(str(config.get("peft_type")))
-        return kind is not None and kind.ranks
 
     @property
     def kind(self) -> PeftType:
@@ -97,8 +93,8 @@ class AdapterFolder:
             raise CheckpointError(f"there is no adapter folder at {path}: name the folder that holds {CONFIG}")
         _check_there(path / CONFIG)
         config = read_json(path / CONFIG)
-        kind = type_of(config, str(path / CONFIG))
-        check_types({**config, "rank_pattern": None} if kind.ranks else config, str(path / CONFIG))
+        type_of(config, str(path / CONFIG))
+        check_words(config, str(path / CONFIG))
         if not (path / WEIGHTS).is_file():
             pickled = (path / "adapter_model.bin").exists()
             hint = "its .bin is a pickle, which is not opened: save it" if pickled else "save the adapter"
@@ -168,6 +164,11 @@ class AdapterFolder:
         """A live model's tensor as it would come back from this folder, which may hold some of its ranks alone."""
         return grown(key, shrunk(key, tensor.cpu(), self._masks), self._masks) if self._masks else tensor
 
+    @property
+    def parameters(self) -> int:
+        """How many the file holds."""
+        return sum(math.prod(self._file.shape(key)) for key in self._keys)
+
     def root(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Where in a plain `model` the folder's names begin."""
         return ("", model) if self.record.get("names") == "module" else inner_model(model)
@@ -207,6 +208,28 @@ class AdapterFolder:
                     f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
                     f"{WEIGHTS}: one of the two was changed. Save the adapter again"
                 )
+
+
+def check_words(config: Mapping[str, Any], where: str) -> None:
+    """`check_types`, and of a ``rank_pattern`` by ranks that it is one.
+
+    Args:
+        config: The parsed file.
+        where: What to call it in the message.
+
+    Raises:
+        CheckpointError: A value has another type than PEFT gives it.
+    """
+    if _says_ranks(config):
+        pattern_masks(config, PREFIX, where)
+        config = {**config, "rank_pattern": None}
+    check_types(config, where)
+
+
+def _says_ranks(config: Mapping[str, Any]) -> bool:
+    """Whether the file's ``rank_pattern``, if it has one, is of single ranks."""
+    kind = PEFT_TYPES.get(str(config.get("peft_type")))
+    return kind is not None and kind.ranks
 
 
 def identity_of(path: Path) -> tuple[int, ...]:

@@ -140,6 +140,8 @@ def _whole_module(facts: Facts, loader: Loader) -> str | None:
 
 
 def _fields(facts: Facts, loader: Loader) -> str | None:
+    if facts.config.get("peft_type") != "LORA":
+        return None  # another method has fields of its own
     missing = [key for key in ("r", "lora_alpha", "target_modules") if not facts.config.get(key)]
     return f"adapter_config.json lacks {missing}" if missing else None
 

@@ -23,9 +23,8 @@ from typing import Any
 from lightning_lora.config import scaling
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.io.atomic import recover
-from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, identity_of, read_json
+from lightning_lora.io.folder import CONFIG, RECORD, WEIGHTS, AdapterFolder, check_words, identity_of, read_json
 from lightning_lora.io.loader_rules import RULES, Facts, Loader
-from lightning_lora.io.peft_rules import check_types
 
 #: What "ok" does not say.
 NOT_JUDGED = "not judged: whether a server knows the base's architecture and takes adapters on these of its modules"
@@ -141,7 +140,7 @@ def _open(dir: str | os.PathLike[str]) -> AdapterFolder:
     if not path.is_dir():
         raise CheckpointError(f"there is no adapter folder at {path}")
     config = read_json(path / CONFIG)
-    check_types(config, str(path / CONFIG))
+    check_words(config, str(path / CONFIG))
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} has no {WEIGHTS}; pickles (.bin) are not opened: save it as safetensors")
     config = {key: value for key, value in config.items() if value is not None}
