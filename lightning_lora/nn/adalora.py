@@ -99,9 +99,11 @@ class AdaLoRALinear(AdaptedLinear):
         return [self.adapter.lora_E]
 
     def low_rank(self) -> LowRank:
-        """See `AdaptedLayer.low_rank`."""
-        A, E, B = self.triplets
-        return LowRank(A * E, B, self.scaling * self.strength)
+        """See `AdaptedLayer.low_rank`: of the ranks whose values are not zero, or of one where all are."""
+        A, E, B = (tensor.detach() for tensor in self.triplets)
+        kept = E.view(-1) != 0
+        kept[0] |= ~kept.any()
+        return LowRank(A[kept] * E[kept], B[:, kept], self.scaling * self.strength)
 
     def untrained(self) -> bool:
         """Whether E is exactly zero."""

@@ -224,8 +224,17 @@ def test_what_looks_on_works_beside_it(method: str, tmp_path: Path) -> None:
     assert summary.summary is not None
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert summary.summary.total.trainable_params == trained
-    with pytest.raises(AdapterMismatchError, match="no low-rank adapters"):
-        make_trainer(tmp_path, [callback(method), AdapterDiagnostics()]).fit(LM(tiny_llama()), loader())
+    diagnostics = AdapterDiagnostics(every_n_steps=6)
+    run = make_trainer(tmp_path, [callback(method), diagnostics], max_steps=6)
+    run.fit(module := LM(tiny_llama()), loader())
+    assert diagnostics.report is not None
+    spectra = diagnostics.report.modules
+    for name, layer in adapter_modules(module):
+        size = torch.linalg.matrix_norm(layer.delta_weight()).item()
+        assert spectra[name].norm == pytest.approx(size, rel=1e-4, abs=1e-9)
+        if method == "adalora":  # what was taken away is no wasted rank
+            assert spectra[name].r == max(1, int((layer.triplets.E != 0).sum()))
+    assert method != "adalora" or "wasted rank" not in diagnostics.report.advice()
 
 
 @BOTH
