@@ -91,6 +91,7 @@ def test_a_plain_adapter_is_ok_everywhere(tmp_path: Path) -> None:
 Change = Callable[[Path], Any]
 CASES: dict[str, tuple[dict[str, Any], Change, set[str]]] = {
     "method": ({}, lambda f: edit(f, peft_type="LOHA"), SERVERS),
+    "no_type": ({}, lambda f: edit(f, peft_type=None), {"peft"}),
     "incomplete": ({}, lambda f: edit_tensors(f, lambda t: t.pop(f"{P}{Q}.lora_B.weight")), ALL),
     "prefix": ({}, lambda f: edit_tensors(f, rename(P, "")), {"peft", "tgi"}),
     "names": ({}, lambda f: edit_tensors(f, rename(P, P + "_orig_mod.")), ALL),
