@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.unbuilt import refuse_unbuilt
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Use
@@ -38,10 +39,15 @@ def parallelize_adapted(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, P
             had before conversion.
 
     Raises:
-        UnsupportedError: The plan cuts an adapted layer whose base is packed, that drops activations or is DoRA, or
-            by a style other than torch's `ColwiseParallel` and `RowwiseParallel`.
+        UnsupportedError: The model's method is not built for it; or the plan cuts an adapted layer whose base is
+            packed, or that drops activations, or by a style other than torch's `ColwiseParallel` and
+            `RowwiseParallel`.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+    def refuse(module: nn.Module) -> None:
+        other: dict[Use, str] = {"fsdp2": "spread the model by FSDP 2 (`fsdp_plan`)"}
+        refuse_unbuilt(module, "tensor_parallel", "tensor parallelism", other, 'use the strategy "lora_ddp"')
 
     class Adapted(ParallelStyle):
         """A style of torch's, for whatever the name leads to."""
@@ -51,8 +57,7 @@ def parallelize_adapted(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, P
 
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
             if isinstance(module, AdaptedLayer):
-                other: dict[Use, str] = {"fsdp2": "spread the model by FSDP 2 (`fsdp_plan`)"}
-                refuse_unbuilt(module, "tensor_parallel", "tensor parallelism", other, 'use the strategy "lora_ddp"')
+                refuse(module)
             if not isinstance(module, LoRALinear):
                 return self.style._apply(module, device_mesh)
             if not isinstance(self.style, ColwiseParallel | RowwiseParallel):
@@ -62,6 +67,9 @@ def parallelize_adapted(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, P
                 )
             return _cut(module, device_mesh, self.style, column=isinstance(self.style, ColwiseParallel))
 
+    for _, module in adapter_modules(model):
+        if not isinstance(module, AdaptedLayer):  # what lies inside is not found by the names of the plan
+            refuse(module)
     return parallelize_module(model, mesh, {name: Adapted(style) for name, style in plan.items()})
 
 

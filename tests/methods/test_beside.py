@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,7 @@ from lightning_lora.model.unbuilt import refuse_unbuilt
 from tests.cli.tiny import Tiny, TinyData
 from tests.forgetting import tiny
 from tests.helpers import LM, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
+from tests.methods.table import ROWS
 
 IDS = torch.arange(32).view(2, 16) % 61
 
@@ -285,3 +288,20 @@ def test_forgetting_is_measured_beside_it(name: str, tmp_path: Path) -> None:
     with disable_adapters(module):
         ids = torch.arange(2, 12)[None]
         assert torch.equal(module.net.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alike_and_what_spreads_a_model_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("beside_ranks.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert set(first["trained"]) == {"prompt", "prefix", "bottleneck", "norms", "full"}
+    for row in (row for row in ROWS if row.name in first["trained"]):
+        mine, other = first["trained"][row.name], second["trained"][row.name]
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+        title = row.config().title
+        assert f'{title} is not built for FSDP 1: use the strategy "lora_ddp"' in first["fsdp1"][row.name]
+        assert f"{title} is not built for FSDP 2" in first["fsdp2"][row.name]
+        assert f"{title} is not built for tensor parallelism" in first["tensor_parallel"][row.name]
