@@ -30,9 +30,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "ranks": (),
     "bars": (),
     "nn": (
-        *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted"),
+        *("sharded", "adapter", "functional", "quantized", "adopted", "layers", "adapted", "parts"),
         *("linear", "dora", "starts", "residual", "ia3", "adalora", "vera", "saved"),
         *("tuned", "virtual", "prompt", "prefix", "bottleneck"),
+        *("lowrank", "embedding", "conv", "attention", "experts", "tokens"),
     ),
     "model": (
         *(
@@ -40,6 +41,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "first_inputs",
             "targets",
             *("decoder", "blocks", "norms", "whole"),
+            "lora_targets",
             "methods",
             "fingerprint",
             "apply",
@@ -52,7 +54,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "rank_allocator",
             "orthogonality",
         ),
-        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth", "eva"),
+        *("plain", "residents", "combine", "mixed", "summary", "spectrum", "diagnosis", "depth", "eva", "vocabulary"),
     ),
     "io": (
         "atomic",
@@ -78,6 +80,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "checkpoint_adapter",
         "adapter",
+        "expert_files",
         "adapter_facts",
         "resumable",
         "mixed_loader",

@@ -51,6 +51,10 @@ class LoRA(AdapterCallback):
         quantize: Packing of the frozen base: "none", "nf4", "nf4-dq", "fp4", "int8".
         compute_dtype: Dtype that a packed base computes in, where narrower than the activations; "auto" is theirs.
         adapter_dtype: Dtype of the master adapters, kept under every `precision`.
+        target_parameters: Fused experts to adapt beside `target_modules`: names of parameters, or their ends, such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``.
+        trainable_token_indices: Ids of tokens whose rows of the input embedding are trained, or a table of them by
+            name of an embedding or a head; a head that is tied to the embedding follows.
         loraplus_lr_ratio: LoRA+: the learning rate of B as a multiple of that of A, such as 16. Each group of the
             optimizers that holds both is parted in two, and schedulers follow; null leaves the groups alone.
         init_from: Adapter folder, or a checkpoint of an earlier run, to start from: weights only. A checkpoint that
@@ -85,6 +89,8 @@ class LoRA(AdapterCallback):
         quantize: QuantizeMode = "none",
         compute_dtype: DTypeName = "auto",
         adapter_dtype: MasterDTypeName = "fp32",
+        target_parameters: list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         loraplus_lr_ratio: float | None = None,
         init_from: str | None = None,
     ) -> None:
@@ -108,6 +114,8 @@ class LoRA(AdapterCallback):
             quantize=quantize,
             compute_dtype=compute_dtype,
             adapter_dtype=adapter_dtype,
+            target_parameters=target_parameters,
+            trainable_token_indices=trainable_token_indices,
             loraplus_lr_ratio=loraplus_lr_ratio,
         )
         super().__init__(config, init_from)

@@ -58,7 +58,7 @@ class AdapterConfig:
         check_names("target_modules", self.target_modules, str, list)
         check_names("exclude_modules", self.exclude_modules, str, list, None)
         check_names("modules_to_save", self.modules_to_save, list, None)
-        if not self.target_modules:
+        if not self.target_modules and not (self.names_more and self.target_modules == []):
             raise ConfigError(
                 f"`target_modules` must name something, got {self.target_modules!r}; "
                 'use "all-linear", a list of name suffixes or a regular expression'
@@ -76,6 +76,11 @@ class AdapterConfig:
     def free_fields(self) -> tuple[str, ...]:
         """Fields in which a run may differ from its checkpoint: they do not change what the stored tensors mean."""
         return ("compute_dtype",)
+
+    @property
+    def names_more(self) -> bool:
+        """Whether something is adapted that ``target_modules`` does not choose, so that it may be an empty list."""
+        return False
 
     @property
     def dropout(self) -> float:

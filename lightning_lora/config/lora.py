@@ -19,6 +19,7 @@ from lightning_lora.config.base import (
     by_pattern,
     check_alpha,
     check_dropout,
+    check_names,
     check_rank,
     check_regex,
     check_table,
@@ -48,6 +49,11 @@ class LoRAConfig(AdapterConfig):
         loftq_iter: Rounds of "loftq".
         eva_batches: Batches that the `LoRA` callback shows the layers for "eva".
         freeze_lora_A: Train B alone (LoRA-FA, Zhang et al. 2023): the layers' inputs are not kept for backward.
+        target_parameters: Fused experts to adapt beside ``target_modules``: names of parameters of three dimensions,
+            or their ends, such as ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``.
+        trainable_token_indices: Ids of tokens whose rows of the input embedding are trained, ``[32000, 32001]``, or
+            a table of them by name of an embedding or a head, ``{"embed_tokens": [32000], "lm_head": [32000]}``. A
+            head that is tied to the embedding follows.
         loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): the learning rate of B as a multiple of that of A, such
             as 16; null for the same rate. The `LoRA` callback sees to it in the optimizers of a run; without
             a Trainer `loraplus_param_groups` does.
@@ -68,6 +74,8 @@ class LoRAConfig(AdapterConfig):
     loftq_iter: int = 1
     eva_batches: int = 8
     freeze_lora_A: bool = False
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +89,8 @@ class LoRAConfig(AdapterConfig):
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
         check_ratio(self.loraplus_lr_ratio)
         check_dropout("lora_dropout", self.lora_dropout)
+        check_names("target_parameters", self.target_parameters, list, None)
+        _check_tokens(self.trainable_token_indices)
         super().__post_init__()
         for name, table in self.patterns().items():
             for key in table:
@@ -149,6 +159,11 @@ class LoRAConfig(AdapterConfig):
         )
 
     @property
+    def names_more(self) -> bool:
+        """See `AdapterConfig.names_more`."""
+        return bool(self.target_parameters or self.trainable_token_indices)
+
+    @property
     def dropout(self) -> float:
         """See `AdapterConfig.dropout`."""
         return self.lora_dropout
@@ -169,6 +184,17 @@ class LoRAConfig(AdapterConfig):
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """The factor of ``B A``: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rank stabilisation."""
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def _check_tokens(value: Any) -> None:
+    tables = value if isinstance(value, dict) else {"": value}
+    for name, ids in tables.items() if value is not None else ():
+        whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        if not isinstance(name, str) or not whole or not ids or len(set(ids)) < len(ids):
+            raise ConfigError(
+                "`trainable_token_indices` must be a list of different token ids of 0 or more, or a table of such "
+                f'lists by name, {{"embed_tokens": [100, 101]}}, got {value!r}'
+            )
 
 
 def check_ratio(value: Any) -> None:

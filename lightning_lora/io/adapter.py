@@ -52,7 +52,7 @@ from lightning_lora.io.folder import (
     package_version,
 )
 from lightning_lora.io.integrity import digests, first_not_finite
-from lightning_lora.io.kinds import Place, entries, places
+from lightning_lora.io.kinds import Place, entries, kind_of, places
 from lightning_lora.io.litgpt import convert_litgpt, is_litgpt
 from lightning_lora.io.names import (
     adapter_root,
@@ -77,10 +77,15 @@ from lightning_lora.model.apply import (
 from lightning_lora.model.inner import inner_model
 from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.experts import LoRAExperts
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lowrank import LowRankModule
 from lightning_lora.nn.residual import alone
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.nn.sharded import is_sharded, piece
+from lightning_lora.nn.tokens import TrainedTokens
+
+_SCALED = (LoRALinear, LowRankModule)  # whose scale stands in the configuration
 
 
 @dataclass(frozen=True)
@@ -289,12 +294,23 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     if record is None:
         raise AdapterMismatchError("the model has no adapters to write; call `apply_lora` or add the `LoRA` callback")
     prefix, root = adapter_root(model)
-    adapted, saved = {}, []
+    adapted: dict[str, Scale] = {}
+    parameters: dict[str, Scale] = {}
+    tokens: dict[str, list[int]] = {}
+    saved = []
     for name, module in named_adapters(model):
         if type(module) is SavedModule:
             saved.append(name)
+        elif isinstance(module, TrainedTokens):
+            tokens |= {name: module.tokens} if module.own_names() else {}
         elif isinstance(module, LoRALinear):
             adapted[name] = Scale(module.update_rank, _plain_number(module.update_alpha * _strength(module)))
+        elif isinstance(module, LowRankModule):
+            scale = Scale(module.r, _plain_number(module.lora_alpha * _strength(module)))
+            if isinstance(module, LoRAExperts):
+                parameters |= {f"{name}.{site.parameter}": scale for site in module.sites}
+            else:
+                adapted[name] = scale
         else:
             _strength(module)
             adapted[name] = Scale(record.config.rank_for(name), record.config.alpha_for(name))
@@ -305,7 +321,9 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         words |= {"layers_to_transform": None, "layers_pattern": None}
     if not row.exclude:
         words |= {"exclude_modules": None}
-    spec = shortest_spec(list(plain_modules(root)), adapted, saved, Spec.from_json(words))
+    spec = shortest_spec(list(plain_modules(root)), adapted, saved, Spec.from_json(words), parameters)
+    wanted = getattr(config, "trainable_token_indices", None)
+    ids = wanted if isinstance(wanted, list) else tokens
     transposed = any(getattr(m, "fan_in_fan_out", False) for _, m in named_adapters(model))
     layers = {"layers_to_transform": spec.layers_to_transform, "layers_pattern": spec.layers_pattern}
     choice: dict[str, Any] = {"target_modules": spec.target_modules}
@@ -319,7 +337,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         "modules_to_save": spec.modules_to_save,
         **(choice if row.by_names else {}),
         **(layers if row.layers else {}),
-        **row.write(config, Chosen(spec, list(adapted), transposed)),
+        **row.write(config, Chosen(spec, list(adapted), transposed, list(parameters), ids)),
     }
 
 
@@ -359,7 +377,7 @@ def _record_entry(model: nn.Module, record: AdapterRecord | None) -> dict[str, A
         "config": written.stored().to_dict() if written else None,
         **({"trained": config.to_dict()} if config and from_base else {}),
         "fingerprint": record.fingerprint if record else None,
-        "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, LoRALinear)), 1.0),
+        "strength": next((m.strength for _, m in adapter_modules(model) if isinstance(m, _SCALED)), 1.0),
         "packed": [] if from_base else packed_layers(model),
         "drawn": drawn_digests(model),
         "transposed": [n for n, m in named_adapters(model) if getattr(m, "fan_in_fan_out", False)],
@@ -379,11 +397,13 @@ def _check_written(model: nn.Module, part: Path, exact: bool) -> float:
         if exact and not _same_bits(written, live.cpu()):
             raise MergeError(f"{raw!r} was read back with other values than were written: is the disk full or broken?")
     for name, module in named_adapters(model):
-        if not isinstance(module, LoRALinear):
+        if not isinstance(module, _SCALED):
             continue
-        scale = folder.scale(name)
+        scale = folder.scale(folder.sized(name))
         if abs(scale - module.scaling * module.strength) > 1e-9 * abs(scale):
             raise MergeError(f"{name!r}: the written scale {scale} is not the live {module.scaling * module.strength}")
+        if not isinstance(module, LoRALinear):
+            continue
         A, B = (tensors[f"{PREFIX}{name}.lora_{x}.weight"] for x in "AB")
         live_A, live_B = (factor.cpu() for factor in module.update_factors())
         live_scale = module.scaling * module.strength
@@ -402,10 +422,10 @@ def _strengths(mine: Iterable[Place], folder: AdapterFolder) -> dict[AdapterModu
     if isinstance(recorded, int | float) and not folder.config.get("use_dora"):  # whose file has m at that strength
         choices.append(float(recorded))
     found: dict[AdapterModule, float] = {}
-    for key, _, module, _ in mine:
-        if isinstance(module, LoRALinear) and module not in found:
-            name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
-            scale = folder.scale(name)
+    for key, raw, module, own in mine:
+        if isinstance(module, _SCALED) and module not in found:
+            name = key.removeprefix(PREFIX).removesuffix(f".{kind_of(module, raw).file_name(own)}")
+            scale = folder.scale(folder.sized(name))
             fitting = [c for c in choices if abs(scale - module.scaling * c) <= 1e-9 * abs(scale)]
             if not fitting:
                 raise AdapterMismatchError(

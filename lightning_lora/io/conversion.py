@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import warnings
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from lightning_lora.config import AdapterConfig, LoRAConfig, config_from_dict
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
 from lightning_lora.io.folder import CONFIG, RECORD, AdapterFolder, compare_shapes
-from lightning_lora.io.kinds import SAVED, Part, row_for
+from lightning_lora.io.kinds import EXPERTS, SAVED, TOKENS, AdapterKind, Part, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
+from lightning_lora.io.peft_types import more_words
 from lightning_lora.model.inner import clean_name, outermost
+from lightning_lora.model.lora_targets import expert_parameters, is_other_layer, token_layers
 from lightning_lora.model.methods import method_of
 from lightning_lora.model.targets import Targets
 from lightning_lora.nn.sharded import is_sharded
@@ -36,19 +39,36 @@ def config_for(model: nn.Module, folder: AdapterFolder) -> AdapterConfig:
     saved = outermost([name for name in modules if folder.spec.saves(name)])
     config = _written_config(folder, saved)
     if folder.spec.target_modules == "all-linear" or not folder.kind.by_names:
-        adapted = [clean(inside(name, prefix)) for name in method_of(config).targets(model, config).adapted]
+        found = method_of(config).targets(model, config)
+        adapted = [clean(inside(name, prefix)) for name in found.adapted if name not in found.special]
     else:
         try:
             fits = method_of(config).fits
             adapted = [name for name, m in modules.items() if folder.spec.targets(name) and fits(m)]
+            whole = [name for name in adapted if isinstance(config, LoRAConfig) and is_other_layer(modules[name])]
+            adapted = [name for name in adapted if not any(name.startswith(f"{other}.") for other in whole)]
         except re.error as error:
             raise CheckpointError(
                 f"{folder.path / CONFIG} has a pattern that is no regular expression: {error}"
             ) from error
-    compare_shapes(_shapes_for(modules, adapted, saved, folder), folder.shapes(), folder.path)
+    special = _special(model, prefix, config)
+    shapes = _shapes_for(modules, adapted, saved, folder)
+    for name, kind in special.items():
+        if kind is not None:
+            shapes |= kind.file_shapes(modules[name], Part(name, folder.spec.rank(folder.sized(name)), config))
+    compare_shapes(shapes, folder.shapes(), folder.path)
     _compare_copies(modules, folder)
-    full = {name: f"{prefix}.{name}" if prefix else name for name in [*adapted, *saved]}
-    return fit(model, config, folder.spec, {n: full[n] for n in adapted}, {n: full[n] for n in saved})
+    full = {name: f"{prefix}.{name}" if prefix else name for name in [*adapted, *special, *saved]}
+    return fit(model, config, folder.spec, {n: full[n] for n in [*adapted, *special]}, {n: full[n] for n in saved})
+
+
+def _special(model: nn.Module, prefix: str, config: AdapterConfig) -> dict[str, AdapterKind | None]:
+    """What ``target_parameters`` and ``trainable_token_indices`` adapt, by name, with its row if it has tensors."""
+    if not isinstance(config, LoRAConfig):
+        return {}
+    found: dict[str, AdapterKind | None] = dict.fromkeys(expert_parameters(model, config), EXPERTS)
+    found |= {name: None if owner else TOKENS for name, (_, owner) in token_layers(model, config).items()}
+    return {clean(inside(name, prefix)): kind for name, kind in found.items()}
 
 
 def repacked(config: AdapterConfig, quantize: str | None) -> AdapterConfig:
@@ -66,7 +86,11 @@ def _written_config(folder: AdapterFolder, saved: list[str]) -> AdapterConfig:
     own = folder.record.get("config")
     if own:
         try:
-            return config_from_dict(own)
+            config = config_from_dict(own)
+            if not isinstance(config, LoRAConfig):
+                return config
+            # PEFT's words for these are names inside the transformers model, wherever that lay in training.
+            return dataclasses.replace(config, **more_words(folder.config))
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{path / RECORD}: {error}; it may be of a newer version") from error
     spec = folder.spec
@@ -113,7 +137,11 @@ def fit(
         saved: The same of the modules to train in full.
     """
     if isinstance(config, LoRAConfig):
-        config = _with_ranks(config, spec, adapted)
+        experts: dict[str, tuple[str, ...]] = {}
+        with contextlib.suppress(TargetError):  # said where the model is converted
+            experts = expert_parameters(model, config)
+        inner = {f"{name}.{own}": f"{full}.{own}" for name, full in adapted.items() for own in experts.get(full, ())}
+        config = _with_ranks(config, spec, {**{n: f for n, f in adapted.items() if f not in experts}, **inner})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
         try:
@@ -123,9 +151,9 @@ def fit(
     if {clean_name(n) for n in found.saved} != {clean_name(n) for n in saved.values()}:
         config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None)
     if {clean_name(n) for n in found.adapted} != {clean_name(n) for n in adapted.values()}:
-        names = "|".join(re.escape(full) for full in adapted.values())
+        names = "|".join(re.escape(full) for full in adapted.values() if full not in found.special)
         config = dataclasses.replace(
-            config, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+            config, target_modules=names or [], exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
     return config
 

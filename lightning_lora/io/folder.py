@@ -173,6 +173,11 @@ class AdapterFolder:
         """Where in a plain `model` the folder's names begin."""
         return ("", model) if self.record.get("names") == "module" else inner_model(model)
 
+    def sized(self, name: str) -> str:
+        """By which name PEFT looks up the rank and the scale of a module: of fused experts a parameter's."""
+        found = (key for key in self.config.get("target_parameters") or () if name.endswith(key.rpartition(".")[0]))
+        return next((f"{name}.{key.rpartition('.')[2]}" for key in found), name)
+
     def scale(self, name: str) -> float:
         """The factor of ``B A`` that PEFT gives the module called `name`."""
         return scaling(self.spec.rank(name), self.spec.alpha(name), bool(self.config.get("use_rslora")))
@@ -203,9 +208,12 @@ class AdapterFolder:
                 raise CheckpointError(
                     f"{self.path / WEIGHTS}: {key!r} is of {kind}, adapters are floats. Save the adapter again"
                 )
-            if rest == "A.weight" and len(shape) == 2 and self.spec.rank(name) != shape[0]:
+            own = name.partition(".base_layer")[0]
+            if self.sized(own) != own:  # of fused experts, whose ranks lie one after the other
+                continue
+            if rest == "A.weight" and len(shape) == 2 and self.spec.rank(own) != shape[0]:
                 raise CheckpointError(
-                    f"{self.path}: {name!r} has rank {self.spec.rank(name)} in {CONFIG} and {shape[0]} in "
+                    f"{self.path}: {name!r} has rank {self.spec.rank(own)} in {CONFIG} and {shape[0]} in "
                     f"{WEIGHTS}: one of the two was changed. Save the adapter again"
                 )
 
@@ -338,7 +346,8 @@ def _base_copies(keys: Iterable[str]) -> dict[str, str]:
     found, names = {}, set(keys)
     for key in names:
         module, part, own = key.rpartition(".base_layer.")
-        if part and f"{module}.lora_A.weight" in names:
+        factor = ".lora_" in f".{own}"  # of an attention module's output projection, or of nested experts
+        if part and not factor and {f"{module}.lora_A.weight", f"{module}.lora_embedding_A"} & names:
             found[key] = f"{module.removeprefix(PREFIX)}.{own}"
     return found
 

@@ -29,18 +29,26 @@ from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.folder import PREFIX, SHARED
 from lightning_lora.io.names import adapter_root, clean, inside
 from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.lora_targets import named_parameters, named_tokens, other_kind
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, Held
+from lightning_lora.nn.attention import LoRAMultiheadAttention, attention_sites
 from lightning_lora.nn.bottleneck import BottleneckSublayer, sublayer_width
+from lightning_lora.nn.conv import LoRAConv, conv_sites
 from lightning_lora.nn.dora import MAGNITUDE, DoRALinear, magnified
+from lightning_lora.nn.embedding import LoRAEmbedding, embedding_sites
+from lightning_lora.nn.experts import LoRAExperts, expert_sites
 from lightning_lora.nn.ia3 import NAME as IA3
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import linear_shape, widest
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lowrank import LowRankModule, Site
 from lightning_lora.nn.prefix import PrefixedDecoder, cache_shape
 from lightning_lora.nn.prompt import PromptedDecoder
 from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.tokens import ROWS as TOKEN_ROWS
+from lightning_lora.nn.tokens import TrainedTokens
 from lightning_lora.nn.tuned import TunedNorm
 from lightning_lora.nn.vera import PROJECTIONS, VeRALinear
 
@@ -65,6 +73,8 @@ class Part:
     config: AdapterConfig
 
 
+#: (plain module, what it gets) -> the parameters that get a low-rank update each.
+Sites = Callable[[nn.Module, Part], tuple[Site, ...]]
 #: (tensors by their names in the file, scale, weight of the base, whether it is ``(in, out)``, dtype to sum in) ->
 #: the weight with the adapter in it and the norm of what was added.
 Fold = Callable[[Mapping[str, Tensor], float, Tensor, bool, torch.dtype], tuple[Tensor, float]]
@@ -117,7 +127,8 @@ class AdapterKind:
             strength: At which it is used.
             words: Gives rank, ``lora_alpha``, ``use_rslora`` and dropout, where the kind has them.
         """
-        return Held(tensors, strength, *words()) if self.fold is not None else Held(tensors, strength)
+        ranked = self.fold is not None or issubclass(self.module, LowRankModule)
+        return Held(tensors, strength, *words()) if ranked else Held(tensors, strength)
 
 
 def _lora_tensor(module: LoRALinear, name: str) -> Tensor:
@@ -202,6 +213,36 @@ def _ia3_shapes(plain: nn.Module, part: Part) -> Shapes:
     inn, out = linear_shape(plain)
     config = cast(IA3Config, part.config)
     return {IA3: (1, inn) if config.is_feedforward(part.name) else (out, 1)}
+
+
+def _low_rank(module: type[LowRankModule], file_name: Callable[[str], str], sites: Sites) -> AdapterKind:
+    """The row of factors beside what is no linear layer."""
+
+    def shapes(plain: nn.Module, part: Part) -> Shapes:
+        found = sites(plain, part)
+        return {f"adapter.{own}": shape for s in found for own, shape in ((s.A, s.shape_A), (s.B, s.shape_B))}
+
+    return AdapterKind(module, file_name, lambda m, name: m.live(name).detach(), shapes)
+
+
+def _nested(name: str) -> str:
+    """PEFT's name of a factor, which may lie inside another adapter: of an output projection, of one more parameter."""
+    own = name.removeprefix("adapter.")
+    if own.startswith("out_proj_"):
+        return f"base_layer.out_proj.{own.removeprefix('out_proj_')}.weight"
+    if own.startswith("inner"):
+        depth, _, own = own.removeprefix("inner").partition("_")
+        return "base_layer." * int(depth) + f"{own}.weight"
+    return f"{own}.weight"
+
+
+def _expert_sites(plain: nn.Module, part: Part) -> tuple[Site, ...]:
+    return expert_sites(plain, part.r, named_parameters(plain, part.name, cast(LoRAConfig, part.config)))
+
+
+def _token_shapes(plain: nn.Module, part: Part) -> Shapes:
+    weight = cast(Tensor, plain.weight)
+    return {TOKEN_ROWS: (len(named_tokens(part.name, cast(LoRAConfig, part.config))), weight.shape[1])}
 
 
 def _prompt_shapes(plain: nn.Module, part: Part) -> Shapes:
@@ -305,6 +346,20 @@ KINDS = (
         shared=dict(zip(PROJECTIONS, SHARED, strict=True)),
         shared_shapes=_vera_shared,
     ),
+    _low_rank(
+        LoRAEmbedding,
+        lambda name: name.replace("adapter.lora_", "lora_embedding_"),
+        lambda plain, part: embedding_sites(plain, part.r),
+    ),
+    _low_rank(LoRAConv, _nested, lambda plain, part: conv_sites(plain, part.r)),
+    _low_rank(LoRAMultiheadAttention, _nested, lambda plain, part: attention_sites(plain, part.r)),
+    _low_rank(LoRAExperts, _nested, _expert_sites),
+    AdapterKind(
+        TrainedTokens,
+        lambda name: name.replace("adapter.", "token_adapter."),
+        lambda module, _: module.value().detach(),
+        _token_shapes,
+    ),
     AdapterKind(
         BottleneckSublayer,
         lambda name: f"bottleneck.{name.removeprefix('adapter.')}",
@@ -316,7 +371,7 @@ KINDS = (
     ),
     AdapterKind(SavedModule, lambda name: name.removeprefix("trained."), _saved_tensor, _saved_shapes),
 )
-DORA, _, LORA, PROMPT, PREFIX_TUNING, IA3_ROW, ADALORA, VERA, BOTTLENECK, NORM, SAVED = KINDS
+DORA, _, LORA, PROMPT, PREFIX_TUNING, IA3_ROW, ADALORA, VERA, *_OTHERS, EXPERTS, TOKENS, BOTTLENECK, NORM, SAVED = KINDS
 
 
 #: Key in the file, name in the model, module, name inside it.
@@ -348,9 +403,15 @@ def linear_row(use_dora: bool) -> AdapterKind:
     return DORA if use_dora else LORA
 
 
+def _lora_row(config: LoRAConfig, plain: nn.Module) -> AdapterKind:
+    """By ``target_modules``; that of `EXPERTS` and `TOKENS` their own words say."""
+    kind = other_kind(plain)
+    return next((row for row in _OTHERS if row.module is kind), linear_row(config.use_dora))
+
+
 #: By configuration: (the configuration, the user's module) -> the row of what stands in the module's place.
 ROWS: dict[type[AdapterConfig], Callable[[Any, nn.Module], AdapterKind]] = {
-    LoRAConfig: lambda config, plain: linear_row(config.use_dora),
+    LoRAConfig: lambda config, plain: _lora_row(config, plain),
     IA3Config: lambda config, plain: IA3_ROW,
     AdaLoRAConfig: lambda config, plain: ADALORA,
     VeRAConfig: lambda config, plain: VERA,

@@ -196,7 +196,10 @@ def _experts(facts: Facts, loader: Loader) -> str | None:
 
 def _convolutions(facts: Facts, loader: Loader) -> str | None:
     found = [name for name, shapes in facts.factors.items() if any(len(shape) != 2 for shape in shapes.values())]
-    return f"{found[0]!r} is no linear layer: its factors are no matrices" if found else None
+    if found:
+        return f"{found[0]!r} is no linear layer: its factors are no matrices"
+    inside = next((name.partition(".base_layer.")[0] for name in facts.factors if ".base_layer." in name), None)
+    return f"{inside!r} is no linear layer: a module with several weights is adapted" if inside else None
 
 
 def _base_changed(facts: Facts, loader: Loader) -> str | None:
@@ -303,7 +306,7 @@ RULES: dict[str, Rule] = {
     "embeddings": Rule(_embeddings, _MERGE),
     "tied_head": Rule(_tied_head, _MERGE),
     "token_rows": Rule(_token_rows, _MERGE),
-    "experts": Rule(_experts, _MERGE),
+    "experts": Rule(_experts, f"{_MERGE}; or write each expert's own factors with `export_experts`"),
     "convolutions": Rule(_convolutions, _MERGE),
     "base_changed": Rule(_base_changed, "save it in PEFT with `path_initial_model_for_weight_conversion`"),
     "extensions": Rule(_extensions, _MERGE),

@@ -28,8 +28,10 @@ from lightning_lora.model.apply import adapter_modules, is_adapted, mark_merged
 from lightning_lora.model.plain import empty_linear
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
+from lightning_lora.nn.parts import AdaptedParts
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule
+from lightning_lora.nn.tokens import TrainedTokens
 
 #: Largest relative difference of logits to the live model that a merge may have, by the written dtype.
 LOGIT_LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -112,6 +114,8 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
     dense = dense_dtype(model)
     todo = replaceable(model)[::-1]
     done: set[int] = set()
+    heads: list[tuple[TrainedTokens, nn.Module]] = []
+    plains: dict[AdapterModule, nn.Module] = {}
     while todo:  # popped one by one, so that each old weight is freed before the next one is made
         names, module = todo.pop()
         plain = plain_module(module, dense, done)
@@ -121,11 +125,24 @@ def merge_adapters(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None =
             _measure(report, clean(names[0]), module, weight)
             if not module.vacant:
                 mark_merged(plain)
+        elif isinstance(module, AdaptedParts):
+            for own in module.merged():
+                weight = plain.get_parameter(own)
+                dtypes.add(weight.dtype)
+                _measure_part(report, clean(names[0]), module, own, weight)
+            if not module.vacant:
+                mark_merged(plain)
+            if isinstance(module, TrainedTokens):
+                plains[module] = plain
+                heads.append((module, plain))
         elif isinstance(module, SavedModule):
             _check_finite(report, clean(names[0]), *plain.parameters())
         for name in names:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain)
+    for head, plain in heads:  # tied before, and by the same rows after
+        if head.owner is not None:
+            plain.weight = plains[head.owner].weight
     untie_apart(root)
     narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     report.dtype = str(narrowest).removeprefix("torch.")
@@ -211,6 +228,12 @@ def _plain_tensors(root: nn.Module, dtype: str, report: MergeReport | None) -> I
                 _measure(report, clean(names[0]), module, weight)
             weight = weight.cpu().contiguous()
             yield from ((f"{name}.weight" if name else "weight", weight) for name in names)
+        elif isinstance(module, AdaptedParts):
+            for own, weight in module.merged(wanted).items():
+                if report is not None:
+                    _measure_part(report, clean(names[0]), module, own, weight)
+                weight = weight.cpu().contiguous()
+                yield from ((f"{name}.{own}" if name else own, weight) for name in names)
     done: dict[int, Tensor] = {}
     for name, tensor in root.state_dict(keep_vars=True).items():
         plain = _plain_name(name, replaced)
@@ -261,7 +284,7 @@ def merged_weight(
 
 
 def plain_module(
-    module: SavedModule | AdaptedLayer | PackedLinear, dense: torch.dtype | None, done: set[int]
+    module: SavedModule | AdaptedLayer | AdaptedParts | PackedLinear, dense: torch.dtype | None, done: set[int]
 ) -> nn.Module:
     """The plain layer that an adapter module or a packed layer stands for, with its merged weight.
 
@@ -277,6 +300,8 @@ def plain_module(
                 parameter.data.copy_(module.value(name, module.strength if module.enabled else 0.0))
                 done.add(id(parameter))
         return plain.requires_grad_(False)
+    if isinstance(module, AdaptedParts):
+        return _with_parameters(module.replaced, module.merged()).train(module.training)
     weight = merged_weight(module, dense)
     layer = module.replaced if isinstance(module, AdaptedLayer) else module
     if isinstance(layer, PackedLinear):
@@ -289,6 +314,19 @@ def plain_module(
     if isinstance(module, AdaptedLayer) and (bias := module.merged_bias()) is not module.bias:
         plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return plain.train(module.training)
+
+
+def _with_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the user's own module with other values of some parameters, the rest shared."""
+    plain = copy.copy(module)
+    plain._parameters, plain._modules = dict(module._parameters), dict(module._modules)
+    for name, tensor in tensors.items():
+        own, _, inside = name.partition(".")
+        if inside:
+            setattr(plain, own, _with_parameters(getattr(plain, own), {inside: tensor}))
+        else:
+            setattr(plain, own, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    return plain
 
 
 def check_limit(report: MergeReport) -> None:
@@ -369,6 +407,9 @@ def _plain_name(name: str, replaced: Mapping[str, nn.Module]) -> str | None:
     own, module = name.removeprefix(f"{owner}."), replaced[owner]
     if isinstance(module, SavedModule):
         return f"{owner}.{own.removeprefix('trained.')}" if own.startswith("trained.") else None
+    if isinstance(module, AdaptedParts):
+        kept = own.removeprefix("base_layer.")
+        return f"{owner}.{kept}" if kept != own and kept not in module.merged_names() else None
     return f"{owner}.bias" if own in ("bias", "base_layer.bias") else None
 
 
@@ -394,6 +435,19 @@ def _measure(report: MergeReport, name: str, module: AdaptedLayer, weight: Tenso
     _check_finite(report, name, weight)
     report.layers[name] = difference / size if size > 0 else difference
     report.lost[name] = difference / update if update > 0 else 0.0
+
+
+def _measure_part(report: MergeReport, name: str, module: AdaptedParts, own: str, weight: Tensor) -> None:
+    """`_measure` of one parameter of a module."""
+    if module.vacant:
+        return
+    exact = module.merged(torch.float32)[own]
+    base = module.replaced.get_parameter(own).detach().float()
+    difference, size, update = (float(t.norm()) for t in (weight.float() - exact, exact, exact - base))
+    where = f"{name}.{own}".removesuffix(".weight")
+    _check_finite(report, where, weight)
+    report.layers[where] = difference / size if size > 0 else difference
+    report.lost[where] = difference / update if update > 0 else 0.0
 
 
 def _check_finite(report: MergeReport, name: str, *tensors: Tensor) -> None:

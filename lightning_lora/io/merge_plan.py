@@ -67,6 +67,7 @@ class MergePlan:
                 f"{adapter.path}: {adapter.kind.config.title} is not merged on disk: load it over the base and merge "
                 "in memory with `merge_adapters`, or use `MergeOnFitEnd`"
             )
+        _refuse_other_targets(adapter, factors)
         self.kind = linear_row(bool(adapter.config.get("use_dora")))  # of what is folded in
         self.untied = False
         self._plan_adapters()
@@ -188,6 +189,23 @@ class MergePlan:
             f"the base in {self.base.path} has no {key!r}{hint}: is it another base, or one whose files have other "
             "names than the model's modules? Merge in memory with `merge_adapters` then"
         )
+
+
+def _refuse_other_targets(adapter: AdapterFolder, factors: Mapping[str, Tensor]) -> None:
+    """See that the folder adapts linear layers and nothing else."""
+    found = {
+        "an embedding": next((key for key in factors if ".lora_embedding_" in key), None),
+        "trained token rows": next((key for key in factors if ".token_adapter." in key), None),
+        "fused experts": next(iter(adapter.config.get("target_parameters") or ()), None),
+        "an attention module": next((key for key in factors if ".base_layer." in key), None),
+        "a convolution": next((key for key, t in factors.items() if ".lora_" in key and t.dim() > 2), None),
+    }
+    for what, key in found.items():
+        if key is not None:
+            raise UnsupportedError(
+                f"{adapter.path}: {key!r} is of {what}, which is not merged on disk: load the adapter over the base "
+                "and merge in memory with `merge_adapters`, or use `MergeOnFitEnd`"
+            )
 
 
 def _split(tensors: Mapping[str, Tensor], path: Path, kind: AdapterKind) -> tuple[list[str], list[str]]:

@@ -26,8 +26,6 @@ from lightning_lora.errors import CheckpointError, UnsupportedError
 UNBUILT_KEYS = (
     "use_qalora",
     "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
     "arrow_config",
@@ -119,7 +117,11 @@ class Scale:
 
 
 def shortest_spec(
-    names: Sequence[str], adapted: Mapping[str, Scale], saved: Sequence[str], hint: Spec | None = None
+    names: Sequence[str],
+    adapted: Mapping[str, Scale],
+    saved: Sequence[str],
+    hint: Spec | None = None,
+    parameters: Mapping[str, Scale] | None = None,
 ) -> Spec:
     """The shortest configuration that PEFT reads as exactly these modules, ranks and scales.
 
@@ -128,17 +130,18 @@ def shortest_spec(
         adapted: Rank and alpha by the name of each adapted module.
         saved: Names of the modules that are kept in full.
         hint: The user's own choice; its ranges and patterns are taken where they fit.
+        parameters: Rank and alpha by the name of each adapted parameter, of fused experts.
 
     Raises:
         UnsupportedError: PEFT's rules cannot express the choice.
     """
     to_save = _save_names(names, saved)
-    r, alpha = (
-        _most_common(s.r for s in adapted.values()),
-        _most_common(s.lora_alpha for s in adapted.values()),
-    )
-    ranks = _patterns({n: s.r for n, s in adapted.items()}, r, hint.rank_pattern if hint else None)
-    alphas = _patterns({n: s.lora_alpha for n, s in adapted.items()}, alpha, hint.alpha_pattern if hint else None)
+    sized = {**adapted, **(parameters or {})}
+    own = (hint.r, hint.lora_alpha) if hint else (8, 8)
+    r = _most_common(s.r for s in sized.values()) if sized else own[0]
+    alpha = _most_common(s.lora_alpha for s in sized.values()) if sized else own[1]
+    ranks = _patterns({n: s.r for n, s in sized.items()}, r, hint.rank_pattern if hint else None)
+    alphas = _patterns({n: s.lora_alpha for n, s in sized.items()}, alpha, hint.alpha_pattern if hint else None)
     for choice in _target_choices(adapted, hint):
         spec = Spec(r=r, lora_alpha=alpha, modules_to_save=to_save, rank_pattern=ranks, alpha_pattern=alphas, **choice)
         if all(spec.targets(name) == (name in adapted) for name in names):
@@ -219,6 +222,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_to_transform": ("an integer or a list", lambda v: isinstance(v, int) or _is_list(v, int)),
     "layers_pattern": ("a string or a list of strings", _is_names),
     "rank_pattern": ("a table of integers", lambda value: _is_table(value, _is_rank)),
+    "target_parameters": ("a list of strings", lambda value: _is_list(value, str)),
+    "trainable_token_indices": (
+        "a list of integers or a table of such lists",
+        lambda value: _is_list(value, int) or _is_table(value, lambda ids: _is_list(ids, int)),
+    ),
     "alpha_pattern": ("a table of numbers", lambda value: _is_table(value, _is_number)),
 }
 

@@ -35,11 +35,15 @@ class Chosen:
         spec: PEFT's words for which modules are adapted, with which rank and scale.
         names: Of the adapted modules, inside the transformers model.
         transposed: Whether a weight among them is stored ``(in, out)``.
+        parameters: Names of fused experts' parameters that are adapted.
+        tokens: Ids of the rows that are trained, or a table of them by name of the embedding.
     """
 
     spec: Spec
     names: list[str]
     transposed: bool
+    parameters: list[str] | None = None
+    tokens: list[int] | dict[str, list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,14 @@ def _read_lora(config: Mapping[str, Any], shared: dict[str, Any]) -> AdapterConf
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
+        **more_words(config),
         **shared,
     )
+
+
+def more_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LoRA's words for what ``target_modules`` does not choose, of a parsed ``adapter_config.json``."""
+    return {name: config.get(name) or None for name in ("target_parameters", "trainable_token_indices")}
 
 
 def _write_lora(config: LoRAConfig, chosen: Chosen) -> dict[str, Any]:
@@ -94,6 +104,8 @@ def _write_lora(config: LoRAConfig, chosen: Chosen) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
+        **({"target_parameters": chosen.parameters} if chosen.parameters else {}),
+        **({"trainable_token_indices": chosen.tokens} if chosen.tokens else {}),
     }
 
 

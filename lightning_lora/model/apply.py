@@ -127,13 +127,14 @@ def apply_adapters(
     taken = {name for name, module in model.named_modules() if quantized_elsewhere(module)}
     packed = _packable(model, targets.packed) if config.quantize != "none" else set()
     adapted = set(targets.adapted)
+    plain = adapted - set(targets.special)
     narrow = None if config.compute_dtype == "auto" else torch_dtype(config.compute_dtype)
     todo = [n for n in paths if n in adapted or n in packed or n in taken]
     todo.sort(key=lambda n: n in adapted)  # what is packed may lie inside what is adapted
     with bar("packing" if packed else "adapting", len(todo)) as advance:
         for name in todo:
             layer = original = model.get_submodule(name)
-            own = method.first(layer, record, names_of(name, prefix), device) if name in adapted else None
+            own = method.first(layer, record, names_of(name, prefix), device) if name in plain else None
             if own is not None:
                 layer = own
             elif name in taken:
@@ -142,7 +143,8 @@ def apply_adapters(
                 weight = PackedWeight(layer.weight if device is None else layer.weight.to(device), config.quantize)  # type: ignore[arg-type]
                 layer = PackedLinear(weight, layer.bias, is_conv1d(layer), narrow)  # type: ignore[arg-type]
             if name in adapted and own is None:
-                layer = method.build(layer, record, names_of(name, prefix))
+                build = targets.special.get(name, method.build)
+                layer = build(layer, record, names_of(name, prefix))
             if layer.training != original.training:  # else what lies inside is left as it is
                 layer.train(original.training)
             _replace(model, paths[name], layer)

@@ -32,8 +32,9 @@ from lightning_lora.config import (
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
 from lightning_lora.model.blocks import bottleneck_targets
 from lightning_lora.model.decoder import decoder_targets
+from lightning_lora.model.lora_targets import is_other_layer, lora_targets, other_kind
 from lightning_lora.model.norms import is_norm, norm_targets
-from lightning_lora.model.targets import Targets, adaptable_suffixes, find_targets, is_adaptable
+from lightning_lora.model.targets import Build, Targets, adaptable_suffixes, find_targets, is_adaptable
 from lightning_lora.model.whole import whole_targets
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
@@ -48,8 +49,6 @@ from lightning_lora.nn.residual import ResidualLoRALinear, residual_base
 from lightning_lora.nn.tuned import TunedModule, TunedNorm, tie_copies
 from lightning_lora.nn.vera import Projections, VeRALinear
 
-#: (module that is replaced, record, the module's names) -> what stands in its place.
-Build = Callable[[nn.Module, AdapterRecord, tuple[str, ...]], AdapterModule]
 #: (module that is replaced, record, the module's names, where to compute) -> what stands in its place, or None.
 First = Callable[[nn.Module, AdapterRecord, tuple[str, ...], torch.device | str | None], AdapterModule | None]
 
@@ -81,7 +80,12 @@ class Method:
 
 def _lora(layer: nn.Module, record: AdapterRecord, names: tuple[str, ...]) -> AdapterModule:
     config = record.config
-    return linear_kind(config)(layer, record, config.rank_for(*names), config.alpha_for(*names))
+    kind = other_kind(layer) or linear_kind(config)
+    return kind(layer, record, config.rank_for(*names), config.alpha_for(*names))
+
+
+def _fits_lora(module: nn.Module) -> bool:
+    return is_adaptable(module) or is_other_layer(module)
 
 
 def _from_base(
@@ -89,7 +93,7 @@ def _from_base(
 ) -> AdapterModule | None:
     """Of a start that is taken out of the base."""
     config = cast(LoRAConfig, record.config)
-    if not config.takes_from_base:
+    if not config.takes_from_base or other_kind(layer) is not None:  # which says that it is not built for this
         return None
     r, alpha = config.rank_for(*names), config.alpha_for(*names)
     try:
@@ -133,7 +137,7 @@ def _tie(model: nn.Module) -> None:
 
 
 METHODS: dict[type[AdapterConfig], Method] = {
-    LoRAConfig: Method(_lora, beside=True, first=_from_base),
+    LoRAConfig: Method(_lora, beside=True, targets=lora_targets, first=_from_base, fits=_fits_lora),
     IA3Config: Method(_ia3, targets=_ia3_targets),
     AdaLoRAConfig: Method(_adalora),
     VeRAConfig: Method(_vera, share=_projections),

@@ -30,6 +30,7 @@ from lightning_lora.model.apply import (
     first_slot,
     put_layers,
 )
+from lightning_lora.model.lora_targets import other_kind
 from lightning_lora.model.methods import kind_name, linear_kind, stands_alone
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
@@ -186,6 +187,7 @@ def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]
             "model of its own"
         )
     slots = dict(adapter_slots(model))
+    _refuse_alone(model, slots, adapted)
     kinds = [(name, LoRALinear) for name in adapted] + [(name, SavedModule) for name in saved]
     for name, kind in kinds:
         around = [n for n, m in slots.items() if isinstance(m, SavedModule) and (n == name or name.startswith(f"{n}."))]
@@ -214,12 +216,29 @@ def add_slots(model: nn.Module, adapted: Collection[str], saved: Collection[str]
         added.learns = learns
 
 
+def _refuse_alone(model: nn.Module, slots: dict[str, AdapterModule], adapted: Collection[str]) -> None:
+    """See that nothing is adapted, now or by the adapter that is to come, which adapters do not take turns in."""
+    here = next((m.title for m in slots.values() if "beside" not in m.built_for), None)
+    coming = next(
+        (kind.title for n in adapted if n not in slots and (kind := other_kind(model.get_submodule(n)))), None
+    )
+    if here or coming:
+        raise UnsupportedError(
+            f"{here or coming} is not built for several adapters in one model: load it into a model of its own"
+        )
+
+
 def refuse_beside(record: AdapterRecord, config: AdapterConfig) -> None:
     """See that adapters of these methods may share a model.
 
     Raises:
         UnsupportedError: One of the two stands alone.
     """
+    if any(getattr(c, "names_more", False) for c in (config, record.config)):
+        raise UnsupportedError(
+            "`target_parameters` and `trainable_token_indices` are not built for several adapters in one model: load "
+            "the adapter into a model of its own"
+        )
     for one in (config, record.config):
         if isinstance(one, LoRAConfig) and one.takes_from_base:
             raise UnsupportedError(alone(one.init_lora_weights))

@@ -19,7 +19,7 @@ all carry the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.adapted import AdaptedLayer, AdaptedLinear
 from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lowrank import LowRankModule, Site
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.nn.sharded import is_sharded, whole
@@ -163,6 +164,11 @@ def adapter_spectra(
         values = singular_values(whole(update.A), whole(update.B), update.factor)
         base = math.nan if base_norms is None else base_norms.get(own, math.nan)
         found[own] = Spectrum(update.A.shape[0], values, base, gradient_A, gradient_B)
+    for own, module, site in _other_updates(model):
+        gradient_A, gradient_B = (grad_norms or {}).get(own, (math.nan, math.nan))
+        A, B = (factor.flatten(1) for factor in module.factors(site))
+        base = math.nan if base_norms is None else base_norms.get(own, math.nan)
+        found[own] = Spectrum(module.r, singular_values(A, B, module.factor(site)), base, gradient_A, gradient_B)
     if not found:
         others = sorted({module.title for _, module in adapter_modules(model)})
         raise AdapterMismatchError(
@@ -180,7 +186,19 @@ def base_norms(model: nn.Module) -> dict[str, float]:
 
     A packed weight is dequantized for it, one at a time. One that is sharded and packed has none, NaN.
     """
-    return {clean_name(n): _norm(m) for n, m in adapter_modules(model) if isinstance(m, AdaptedLinear)}
+    found = {clean_name(n): _norm(m) for n, m in adapter_modules(model) if isinstance(m, AdaptedLinear)}
+    for own, module, site in _other_updates(model):
+        weight = module.base_layer.get_parameter(site.parameter).detach()
+        found[own] = math.nan if weight.is_meta else float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+    return found
+
+
+def _other_updates(model: nn.Module) -> Iterator[tuple[str, LowRankModule, Site]]:
+    """Those beside linears by name, but such as are no one product: of experts, and of convolutions with groups."""
+    for name, module in adapter_modules(model):
+        if isinstance(module, LowRankModule) and module.one_product:
+            for site in module.sites:
+                yield f"{clean_name(name)}.{site.parameter}".removesuffix(".weight"), module, site
 
 
 def _norm(module: AdaptedLinear) -> float:
@@ -211,8 +229,12 @@ def gradient_norms(
         found = gradient(parameter)
         return math.nan if found is None else float(whole(torch.linalg.vector_norm(found.detach().float())))
 
-    return {
+    found = {
         clean_name(name): (norm(module.lora_A), norm(module.lora_B))
         for name, module in adapter_modules(model)
         if isinstance(module, LoRALinear)
     }
+    for own, other, site in _other_updates(model):
+        A, B = other.factors(site)
+        found[own] = norm(A), norm(B)
+    return found

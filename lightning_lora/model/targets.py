@@ -6,18 +6,22 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_lora.config import AdapterConfig, matches_pattern
+from lightning_lora.config import AdapterConfig, AdapterRecord, matches_pattern
 from lightning_lora.errors import Notice, TargetError, UnsupportedError
 from lightning_lora.model.inner import hf_models, inner_model, names_of, outermost
+from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.adopted import quantized_elsewhere
 from lightning_lora.nn.layers import is_conv1d
+
+#: (module that is replaced, record, the module's names) -> what stands in its place.
+Build = Callable[[nn.Module, AdapterRecord, tuple[str, ...]], AdapterModule]
 
 
 @dataclass(frozen=True)
@@ -25,46 +29,65 @@ class Targets:
     """Module names, in model order.
 
     Args:
-        adapted: Linears that get an adapter.
+        adapted: Modules that get an adapter: linears, and what a method adapts beside them.
         packed: Linears whose weight is packed when the base is quantized: all but the head and saved ones.
         saved: Modules that are trained in full.
+        special: By name of an adapted module, what makes the one in its place, where that is not the method's rule.
     """
 
     adapted: list[str]
     packed: list[str]
     saved: list[str]
+    special: Mapping[str, Build] = field(default_factory=dict)
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
+def find_targets(
+    model: nn.Module,
+    config: AdapterConfig,
+    others: Callable[[nn.Module], bool] = lambda module: False,
+    special: Mapping[str, Build] | None = None,
+) -> Targets:
     """Choose modules as ``config`` says.
 
+    Args:
+        model: The model.
+        config: Which modules.
+        others: What may be named in ``target_modules`` beside linears; "all-linear" never chooses it.
+        special: Modules that are adapted whatever ``target_modules`` says; see `Targets.special`.
+
     Raises:
-        TargetError: An entry that must match something matches nothing, or something that is no linear layer.
-        UnsupportedError: The base is to be packed and bitsandbytes has quantized it already.
+        TargetError: An entry that must match something matches nothing, or something that cannot be adapted.
+        UnsupportedError: The base is to be packed and bitsandbytes has quantized it already; or a module is to be
+            adapted in two ways.
     """
-    linears = _linears(model)
+    linears, special = _linears(model), special or {}
+    layers = {name: m for name, m in model.named_modules() if name and (name in linears or others(m))}
     prefix = inner_model(model)[0]
     heads = find_heads(model, linears)
     saved = saved_modules(model, config, prefix)
-    free = [name for name in linears if not under(name, saved)]
+    free = [name for name in layers if not under(name, saved)]
     if config.target_modules == "all-linear":
-        chosen = [name for name in free if name not in heads]
+        chosen = [name for name in free if name in linears and name not in heads]
         _say_other_maps(model)
         if not heads and _has_no_embedding(model):
-            _notice_no_head(free)
+            _notice_no_head(chosen)
     else:
         chosen = [name for name in free if matches(config.target_modules, name, prefix)]
-        _check_target_entries(model, config.target_modules, prefix, linears)
+        _check_target_entries(model, config.target_modules, prefix, layers, linears)
     if config.exclude_modules is not None:
         chosen = [name for name in chosen if not matches(config.exclude_modules, name, prefix)]
-        _say_unused_excludes(config.exclude_modules, linears, prefix)
+        _say_unused_excludes(config.exclude_modules, layers, prefix)
     chosen = in_layers(chosen, config)
+    whole = [name for name in chosen if name not in linears]  # with the linears inside them, as an attention module
+    chosen = [name for name in chosen if name not in linears or not under(name, whole)]
+    chosen = _with_special(model, chosen, special, saved)
     if not chosen and not saved:
         raise TargetError(_nothing_matched(model, config, linears))
     if not chosen:
         raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
-    _check_patterns(config, chosen, prefix)
-    return Targets(chosen, packed_linears(model, config, saved, chosen), saved)
+    inner = [f"{name}.{own}" for name in special for own in model.get_submodule(name)._parameters]
+    _check_patterns(config, [*chosen, *inner], prefix)
+    return Targets(chosen, packed_linears(model, config, saved, chosen), saved, special)
 
 
 def packed_linears(model: nn.Module, config: AdapterConfig, saved: list[str], chosen: list[str]) -> list[str]:
@@ -81,13 +104,14 @@ def packed_linears(model: nn.Module, config: AdapterConfig, saved: list[str], ch
     """
     linears, prefix = _linears(model), inner_model(model)[0]
     heads = find_heads(model, linears)
+    whole = [name for name in chosen if name not in linears]  # adapted with all that is inside
     _say_untied(model, saved)
     _check_other_owner(linears, config)
     excluded = config.exclude_modules
     packed = [
         name
         for name in linears
-        if not under(name, saved)
+        if not under(name, [*saved, *whole])
         and (name not in heads or name in chosen)
         and not (excluded and matches(excluded, name, prefix))
     ]
@@ -272,20 +296,41 @@ def _say_unused_excludes(spec: str | list[str], linears: dict[str, nn.Module], p
             warnings.warn(text, Notice, stacklevel=4)
 
 
-def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, linears: dict[str, nn.Module]) -> None:
+def _with_special(model: nn.Module, chosen: list[str], special: Mapping[str, Build], saved: list[str]) -> list[str]:
+    """The chosen modules and the special ones, in model order."""
+    for name in special:
+        other = next((n for n in [*chosen, *saved] if n == name or under(n, [name]) or under(name, [n])), None)
+        if other is not None:
+            how = "in full (`modules_to_save`)" if other in saved else "by `target_modules`"
+            raise UnsupportedError(
+                f"{name!r} is to be trained by `trainable_token_indices` or `target_parameters` and {other!r} {how}: "
+                "choose one of the two"
+            )
+    wanted = {*chosen, *special}
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def _check_target_entries(
+    model: nn.Module,
+    spec: str | list[str],
+    prefix: str,
+    layers: dict[str, nn.Module],
+    linears: dict[str, nn.Module],
+) -> None:
     if isinstance(spec, str):
         return
-    others = {name: m for name, m in model.named_modules() if name and name not in linears}
+    others = {name: m for name, m in model.named_modules() if name and name not in layers}
     unmatched = []
     for entry in spec:
-        if any(matches([entry], name, prefix) for name in linears):
+        if any(matches([entry], name, prefix) for name in layers):
             continue
         wrong = [name for name in others if matches([entry], name, prefix)]
         if wrong:
             kind = type(others[wrong[0]]).__name__
             raise TargetError(
                 f"`target_modules` entry {entry!r} names {wrong[0]!r}, a {kind}: only linear layers (nn.Linear, "
-                "transformers' Conv1D) can be adapted; name the linears inside it"
+                "transformers' Conv1D) can be adapted, and by LoRA embeddings, convolutions and nn.MultiheadAttention; "
+                "name the layers inside it"
             )
         unmatched.append(entry)
     if unmatched and len(unmatched) < len(spec):
@@ -294,10 +339,10 @@ def _check_target_entries(model: nn.Module, spec: str | list[str], prefix: str, 
 
 
 def _check_patterns(config: AdapterConfig, chosen: list[str], prefix: str) -> None:
-    for field, table in config.patterns().items():
+    for argument, table in config.patterns().items():
         for key in table:
             if not any(matches_pattern(key, *names_of(name, prefix)) for name in chosen):
-                raise TargetError(f"`{field}` entry {key!r} matches no adapted layer{nearest(key, chosen)}")
+                raise TargetError(f"`{argument}` entry {key!r} matches no adapted layer{nearest(key, chosen)}")
 
 
 def _say_untied(model: nn.Module, saved: list[str]) -> None:

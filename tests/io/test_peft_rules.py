@@ -136,8 +136,6 @@ def test_an_adapted_module_below_a_saved_name_takes_the_full_path_of_the_saved_o
         ({"peft_type": "XLORA"}, "`peft_type` is 'XLORA'; this version reads .*LORA"),
         ({"bias": "all"}, "`bias` is 'all'"),
         ({"lora_bias": True}, "`lora_bias`"),
-        ({"target_parameters": ["experts"]}, "`target_parameters`"),
-        ({"trainable_token_indices": [1]}, "`trainable_token_indices`"),
         ({"layer_replication": [[0, 2]]}, "`layer_replication`"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights.*path_initial_model"),
         ({"init_lora_weights": "loftq"}, "changes the base weights"),
