@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,10 +87,12 @@ def find_targets(
         raise TargetError(f"only `modules_to_save` matched ({saved}); {_nothing_matched(model, config, linears)}")
     inner = [f"{name}.{own}" for name in special for own in model.get_submodule(name)._parameters]
     _check_patterns(config, [*chosen, *inner], prefix)
-    return Targets(chosen, packed_linears(model, config, saved, chosen), saved, special)
+    return Targets(chosen, packed_linears(model, config, saved, chosen, whole), saved, special)
 
 
-def packed_linears(model: nn.Module, config: AdapterConfig, saved: list[str], chosen: list[str]) -> list[str]:
+def packed_linears(
+    model: nn.Module, config: AdapterConfig, saved: list[str], chosen: list[str], whole: Sequence[str] = ()
+) -> list[str]:
     """Linears that are packed when the base is quantized: all but heads, excluded ones and those in saved modules.
 
     Args:
@@ -98,13 +100,13 @@ def packed_linears(model: nn.Module, config: AdapterConfig, saved: list[str], ch
         config: The configuration.
         saved: Names of modules that are trained in full.
         chosen: Names of linears that are packed though they are heads: those that get an adapter.
+        whole: Names of modules that are adapted with the linears inside them, which stay as they are.
 
     Raises:
         UnsupportedError: The base is to be packed and bitsandbytes has quantized it already.
     """
     linears, prefix = _linears(model), inner_model(model)[0]
     heads = find_heads(model, linears)
-    whole = [name for name in chosen if name not in linears]  # adapted with all that is inside
     _say_untied(model, saved)
     _check_other_owner(linears, config)
     excluded = config.exclude_modules
