@@ -29,7 +29,7 @@ from lightning_lora.io.folder import compare_shapes, near
 from lightning_lora.io.integrity import check_finite
 from lightning_lora.io.kinds import SAVED, Part, Words, kind_of, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
-from lightning_lora.io.resident import say_narrower
+from lightning_lora.io.resident import as_here, say_narrower
 from lightning_lora.model.apply import adapter_record, adapter_slots, apply_adapters, is_adapted
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import inner_model
@@ -113,10 +113,7 @@ def load_checkpoint_resident(model: nn.Module, path: Path, name: str) -> None:
     theirs = _prefix([*entry["targets"], *entry["saved"]], plain_modules(root), path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)  # said when the base was converted
-        own = record.config
-        config = dataclasses.replace(
-            _config(view, entry, theirs, path), compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
-        )
+        config = as_here(_config(view, entry, theirs, path), record.config)
         refuse_beside(record, config)
         targets = method_of(config).targets(view, dataclasses.replace(config, quantize="none"))
     checkpoint = _renamed(checkpoint, theirs, clean(prefix), _outside(model))

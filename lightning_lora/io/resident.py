@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lightning_lora.config import AdapterConfig, LoRAConfig
 from lightning_lora.errors import Notice
 from lightning_lora.io.conversion import config_for
 from lightning_lora.io.folder import AdapterFolder
@@ -42,11 +43,7 @@ def load_resident(model: nn.Module, folder: AdapterFolder, name: str) -> None:
     view = plain_view(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)  # said when the base was converted
-        config = config_for(view, folder)
-        own = record.config
-        config = dataclasses.replace(
-            config, quantize=own.quantize, compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype
-        )
+        config = as_here(dataclasses.replace(config_for(view, folder), quantize=record.config.quantize), record.config)
         refuse_beside(record, config)
         targets = method_of(config).targets(view, dataclasses.replace(config, quantize="none"))
     prefix, _ = folder.root(view)
@@ -73,6 +70,20 @@ def _part(folder: AdapterFolder, files: Mapping[str, Tensor], name: str, module:
         return folder.spec.rank(name), folder.spec.alpha(name), rslora, dropout
 
     return kind.held(tensors, 1.0, words)
+
+
+def as_here(config: AdapterConfig, own: AdapterConfig) -> AdapterConfig:
+    """An adapter's configuration with what is the model's own: dtypes, and whether A learns.
+
+    Args:
+        config: Of the adapter that is to come.
+        own: Of the adapter in use.
+    """
+    config = dataclasses.replace(config, compute_dtype=own.compute_dtype, adapter_dtype=own.adapter_dtype)
+    if not isinstance(config, LoRAConfig) or not isinstance(own, LoRAConfig):
+        return config
+    ratio = None if own.freeze_lora_A else config.loraplus_lr_ratio
+    return dataclasses.replace(config, freeze_lora_A=own.freeze_lora_A, loraplus_lr_ratio=ratio)
 
 
 def say_narrower(model: nn.Module, parts: Mapping[int, Held], path: Path) -> None:

@@ -34,7 +34,9 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, Unsupported
 from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint, write_checkpoint
 from lightning_lora.model.apply import adapter_modules, adapter_record
+from lightning_lora.model.sharding import shard_model
 from lightning_lora.model.spectrum import adapter_spectra, base_norms
+from lightning_lora.strategies.zero_options import refuse_adapters
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_gpt2, tiny_llama
 from tests.io.merging import IDS, error, logits
 from tests.model.many import adapter_folder
@@ -214,9 +216,16 @@ def test_what_it_is_not_built_for_is_refused_by_name(tmp_path: Path) -> None:
     with use_adapter(model, "default"):
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
+    with pytest.raises(UnsupportedError, match=r"PiSSA, OLoRA, LoftQ\) is not built for DeepSpeed: use \"lora_ddp\""):
+        refuse_adapters(model)
+    with pytest.raises(UnsupportedError, match=r"PiSSA, OLoRA, LoftQ\) is not built for FSDP 2"):
+        shard_model(model, None)
+    frozen = tiny_llama()
+    apply_lora(frozen, LoRAConfig(r=4, freeze_lora_A=True))
+    with pytest.raises(UnsupportedError, match=r"LoRA-FA \(`freeze_lora_A`\) is not built for DeepSpeed"):
+        refuse_adapters(frozen)
     plain = tiny_llama()
     load_adapter(plain, tmp_path / "lora")
-    torch.save({}, tmp_path / "x")
     trainer = make_trainer(tmp_path, [LoRA(init_lora_weights="pissa", r=4)], max_steps=1)
     trainer.fit(LM(tiny_llama()), loader())
     trainer.save_checkpoint(tmp_path / "p.ckpt")

@@ -22,7 +22,7 @@ from lightning_lora import (
     use_adapter,
 )
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import load_adapter_state
+from lightning_lora.model.apply import adapter_modules, adapter_record, load_adapter_state
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_llama
 from tests.model.many import ADAPTERS, IDS, adapter_folder, logits
@@ -330,3 +330,19 @@ def test_what_a_recomputed_forward_does_not_notice(of: str, many: tuple[nn.Modul
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.lora_B.add_(1.0)
     loss.backward()
+
+
+def test_adapters_beside_one_with_a_frozen_A_train_B_alone(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        adapter_folder(tmp_path / name, tiny_llama, seed, r=3 + seed)
+    model = tiny_llama()
+    apply_lora(model, LoRAConfig(r=4, freeze_lora_A=True))
+    for name in ("a", "b"):
+        load_adapter(model, tmp_path / name, name=name)
+        set_adapter(model, name)
+        with use_adapter(model, "default"):
+            pass
+        layers = [module for _, module in adapter_modules(model)]
+        assert not any(layer.lora_A.requires_grad for layer in layers)
+        assert all(layer.lora_B.requires_grad for layer in layers)
+        assert adapter_record(model).config.freeze_lora_A
