@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -137,6 +138,7 @@ class AdaLoRA(AdapterCallback):
         self.allocator: RankAllocator | None = None
         self._restored: dict[str, Any] = {}
         self._seen_step = 0
+        self._steps = False  # whether the last step had gradients
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,9 +179,9 @@ class AdaLoRA(AdapterCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Also add the orthogonality term's gradient, to gradients that are unscaled and not yet clipped."""
-        stepping = self._stepping  # else `training_step` gave None
+        self._steps = self._stepping  # else `training_step` gave None
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if stepping and self.allocator is not None and self.config.orth_reg_weight > 0:
+        if self._steps and self.allocator is not None and self.config.orth_reg_weight > 0:
             layers = list(self.allocator.layers.values())
             add_orthogonality_gradient(layers, self.config.orth_reg_weight, held_by(optimizer))
 
@@ -191,8 +193,15 @@ class AdaLoRA(AdapterCallback):
         if self.allocator is None or trainer.global_step == self._seen_step:
             return  # more batches are to be accumulated
         self._seen_step = step = trainer.global_step
+        gradients = _gradients(self.allocator)
+        if self._steps and not gradients:
+            raise UnsupportedError(
+                "`AdaLoRA` scores ranks by the gradients of each optimizer step, and they are gone when the step is "
+                "over: leave out what clears them (`zero_grad` in the module's `optimizer_step`, say); Lightning does "
+                "it before the next backward"
+            )
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # which leaves a step out, with gradients of inf
-        self.allocator.update(step, score=scaler is None or _finite(self.allocator))
+        self.allocator.update(step, score=self._steps and (scaler is None or _finite(gradients)))
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, set out of mypy's sight
         if step % every == 0 or step == self.allocator.schedule.settled_at:
             for logger in trainer.loggers:
@@ -237,7 +246,9 @@ class AdaLoRA(AdapterCallback):
         return int(expected)
 
 
-def _finite(allocator: RankAllocator) -> bool:
-    """Whether all gradients are finite."""
-    grads = [t.grad for triplets in allocator.layers.values() for t in triplets if t.grad is not None]
-    return bool(torch.stack([grad.abs().amax().float().cpu() for grad in grads]).isfinite().all()) if grads else True
+def _gradients(allocator: RankAllocator) -> list[Tensor]:
+    return [t.grad for triplets in allocator.layers.values() for t in triplets if t.grad is not None]
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    return bool(torch.stack([grad.abs().amax().float().cpu() for grad in gradients]).isfinite().all())

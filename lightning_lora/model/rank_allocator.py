@@ -117,12 +117,12 @@ class RankAllocator:
         Args:
             step: Its number, from 1.
             gradient: Gives the gradient that a parameter was stepped with; none counts as zero.
-            score: Whether the gradients count: not those of a step that a loss scaler left out.
+            score: Whether the gradients count: not those of a step that was left out, by a loss scaler say.
         """
         if step < self.schedule.settled_at:
             if score:
                 self._score(gradient)
-            if self.schedule.is_due(step):
+            if self.schedule.is_due(step) and self._sensitivity:  # else every step so far was left out
                 self._choose(self.schedule.budget(step))
         elif self._sensitivity:  # the last choice; the scores are not needed any more
             self._choose(self.schedule.budget(step))

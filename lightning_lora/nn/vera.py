@@ -132,12 +132,12 @@ class VeRALinear(AdaptedLinear):
     @property
     def vera_A(self) -> Tensor:
         """``(r, in)``, a part of what is shared."""
-        return self.adapter.projections.vera_A[:, : self.in_features]
+        return self.adapter.projections.vera_A[:, : self.in_features].to(self.adapter.vera_lambda_d.device)
 
     @property
     def vera_B(self) -> Tensor:
         """``(out, r)``, a part of what is shared."""
-        return self.adapter.projections.vera_B[: self.out_features]
+        return self.adapter.projections.vera_B[: self.out_features].to(self.adapter.vera_lambda_b.device)
 
     def trained_names(self) -> list[str]:
         """See `AdapterModule.trained_names`; one module of a model has the shared matrices too, if they are kept."""

@@ -143,6 +143,37 @@ def test_a_step_that_a_scaler_leaves_out_is_not_scored(tmp_path: Path) -> None:
     assert sum(callback.allocator.ranks().values()) == 2 * len(layers(module))
 
 
+def test_steps_that_a_scaler_leaves_out_at_the_start(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback = LM(tiny_llama()), AdaLoRA(**{**WORDS, "tinit": 0, "deltaT": 1})
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-6)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    make_trainer(tmp_path, [callback], max_steps=STEPS, plugins=[plugin]).fit(module, loader())
+    assert scaler.get_scale() < 1e37
+    assert sum(callback.allocator.ranks().values()) == 2 * len(layers(module))
+
+
+def test_steps_without_a_loss(tmp_path: Path) -> None:
+    class Pauses(LM):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            return super().training_step(batch, batch_idx) if batch_idx % 3 else None
+
+    torch.manual_seed(0)
+    module, callback = Pauses(tiny_llama()), AdaLoRA(**WORDS)
+    make_trainer(tmp_path, [callback], max_steps=STEPS).fit(module, loader())
+    assert sum(callback.allocator.ranks().values()) == 2 * len(layers(module))
+
+
+def test_gradients_that_are_cleared_too_early_are_named(tmp_path: Path) -> None:
+    class Clears(LM):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            self.zero_grad()
+
+    with pytest.raises(UnsupportedError, match="they are gone when the step is over"):
+        make_trainer(tmp_path, [AdaLoRA(**WORDS)], max_steps=STEPS).fit(Clears(tiny_llama()), loader())
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_other_precisions(precision: Any, tmp_path: Path) -> None:
     module, callback = run(tmp_path, precision=precision)
