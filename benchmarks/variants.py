@@ -59,7 +59,8 @@ def load_base(folder: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
 def build(name: str, folder: str, dtype: torch.dtype, r: int = 16) -> Variant:
     """One of frozen, full, ours[-nf4][-drop], peft[-nf4][-same][-drop] ("same": adapters in the base's dtype).
 
-    "-dora" behind any of ours and PEFT's makes it DoRA, "-adalora" AdaLoRA, "-vera" VeRA of rank 256.
+    "-dora" behind any of ours and PEFT's makes it DoRA, "-adalora" AdaLoRA, "-vera" VeRA of rank 256, "-fa" behind
+    ours LoRA-FA.
     """
     kind, *options = name.split("-")
     dropout, dora = 0.05 if "drop" in options else 0.0, "dora" in options
@@ -74,7 +75,10 @@ def build(name: str, folder: str, dtype: torch.dtype, r: int = 16) -> Variant:
         elif "vera" in options:
             config = VeRAConfig(vera_dropout=dropout, quantize=quantize)
         else:
-            config = LoRAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize, use_dora=dora)
+            config = LoRAConfig(
+                r=r, lora_alpha=2 * r, lora_dropout=dropout, quantize=quantize, use_dora=dora,
+                freeze_lora_A="fa" in options,
+            )  # fmt: skip
         apply_adapters(model, config)
     elif kind == "peft":
         model = _peft(folder, dtype, r, dropout, options)

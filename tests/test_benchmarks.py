@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import tiny_llama
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 VARIANTS = {"frozen", "ours", "ours-drop", "ours-nf4", "peft", "peft-drop", "peft-same", "peft-same-drop"}
 ALL = VARIANTS | {"full", "ours-nf4-drop", "peft-nf4"}
@@ -91,3 +93,17 @@ def test_it_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--variants", "ours-same"])
     with pytest.raises(ValueError, match="unknown variant 'ours-same'"):
         runpy.run_path(str(FOLDER / "gpu.py"), run_name="__main__")
+
+
+def test_starts_lower_the_error_of_packing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["starts.py", "--ranks", "8", "--folder", str(tmp_path)])
+    runpy.run_path(str(FOLDER / "starts.py"), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[1:]][:2] == ["| q_proj", "| k_proj"]
+    for line in lines[1:]:
+        pissa, _, once, often = ([float(n) for n in cell.split("/")] for cell in line.strip("| ").split(" | ")[2:])
+        assert min(pissa + once) > 0
+        assert all(more > less for more, less in zip(often, once, strict=True))
