@@ -40,7 +40,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "inner",
             "first_inputs",
             "targets",
-            *("decoder", "blocks", "norms", "whole"),
+            *("decoder", "blocks", "stack", "norms", "whole"),
             "lora_targets",
             "methods",
             "fingerprint",

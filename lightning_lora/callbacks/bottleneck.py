@@ -30,6 +30,7 @@ class Bottleneck(AdapterCallback):
         bottleneck_size: The size itself, instead of `reduction_factor`.
         non_linearity: Between down and up: "relu", "gelu", "silu", "tanh", "identity".
         scaling: Factor of what is added.
+        stack: Folders of earlier bottleneck adapters that stay frozen below this one, the lowest first.
         target_modules: "blocks": the sublayers of transformer blocks that `placement` names, found by structure;
             else name suffixes, or a regular expression, of modules that give hidden states, whatever the placement.
         exclude_modules: Name suffixes, or a regular expression, of modules to leave alone.
@@ -57,6 +58,7 @@ class Bottleneck(AdapterCallback):
         bottleneck_size: int | None = None,
         non_linearity: NonLinearity = "relu",
         scaling: float = 1.0,
+        stack: list[str] | None = None,
         target_modules: str | list[str] = "blocks",
         exclude_modules: str | list[str] | None = None,
         layers_to_transform: int | list[int] | None = None,
@@ -74,6 +76,7 @@ class Bottleneck(AdapterCallback):
             bottleneck_size=bottleneck_size,
             non_linearity=non_linearity,
             scaling=scaling,
+            stack=stack,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lightning_lora.config.base import AdapterConfig, check_alpha, check_choice, check_rank
+from lightning_lora.config.base import AdapterConfig, check_alpha, check_choice, check_names, check_rank
 from lightning_lora.errors import ConfigError
 
 Placement = Literal["houlsby", "pfeiffer"]
@@ -25,6 +25,7 @@ class BottleneckConfig(AdapterConfig):
         bottleneck_size: The size itself, instead of `reduction_factor`.
         non_linearity: Between down and up: "relu", "gelu", "silu", "tanh", "identity".
         scaling: Factor of what is added.
+        stack: Folders of earlier bottleneck adapters that stay frozen below this one, the lowest first.
         target_modules: "blocks": the sublayers of transformer blocks that `placement` names, found by structure;
             else name suffixes, or a regular expression, of modules that give hidden states, whatever the placement.
         exclude_modules: Name suffixes, or a regular expression, of modules to leave alone.
@@ -48,6 +49,7 @@ class BottleneckConfig(AdapterConfig):
     bottleneck_size: int | None = None
     non_linearity: NonLinearity = "relu"
     scaling: float = 1.0
+    stack: list[str] | None = None
     target_modules: str | list[str] = "blocks"
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class BottleneckConfig(AdapterConfig):
         check_alpha("scaling", self.scaling)
         if self.bottleneck_size is not None:
             check_rank("bottleneck_size", self.bottleneck_size)
+        check_names("stack", self.stack, list, None)
         if self.target_modules == "all-linear":
             raise ConfigError(
                 '`target_modules="all-linear"` is for methods on linears: use "blocks", or name modules that give '

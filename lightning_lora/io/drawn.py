@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.io.integrity import tensor_digest
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.apply import adapter_modules, adapter_record
 
 
 def drawn_digests(model: nn.Module) -> dict[str, str]:
@@ -35,6 +35,12 @@ def compare_drawn(model: nn.Module, entry: Mapping[str, Any], what: str) -> None
     """
     expected, found = entry.get("drawn") or {}, drawn_digests(model)
     other = [name for name in expected if name in found and expected[name] != found[name]]
+    record = adapter_record(model)
+    if other and record is not None and getattr(record.config, "stack", None):
+        raise AdapterMismatchError(
+            f"{what} were trained over {other[0]} with other values: a folder of `stack` was changed since. Give it as "
+            "it was"
+        )
     if other:
         raise AdapterMismatchError(
             f"{what} were trained between {' and '.join(other)} that their seed does not give here: this torch draws "

@@ -34,11 +34,11 @@ from lightning_lora.model.blocks import bottleneck_targets
 from lightning_lora.model.decoder import decoder_targets
 from lightning_lora.model.lora_targets import is_other_layer, lora_targets, other_kind
 from lightning_lora.model.norms import is_norm, norm_targets
+from lightning_lora.model.stack import check_stack, read_stack, stacked
 from lightning_lora.model.targets import Build, Targets, adaptable_suffixes, find_targets, is_adaptable
 from lightning_lora.model.whole import whole_targets
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
-from lightning_lora.nn.bottleneck import BottleneckSublayer
 from lightning_lora.nn.dora import DoRALinear
 from lightning_lora.nn.ia3 import IA3Linear
 from lightning_lora.nn.layers import widest
@@ -143,7 +143,7 @@ METHODS: dict[type[AdapterConfig], Method] = {
     VeRAConfig: Method(_vera, share=_projections),
     PromptTuningConfig: Method(lambda layer, record, _: PromptedDecoder(layer, record), targets=decoder_targets),
     PrefixTuningConfig: Method(lambda layer, record, _: PrefixedDecoder(layer, record), targets=decoder_targets),
-    BottleneckConfig: Method(lambda layer, record, _: BottleneckSublayer(layer, record), targets=bottleneck_targets),
+    BottleneckConfig: Method(stacked, targets=bottleneck_targets, share=read_stack, finish=check_stack),
     NormTuningConfig: Method(
         lambda layer, record, _: TunedNorm(layer, record), targets=norm_targets, fits=is_norm, in_full=True
     ),

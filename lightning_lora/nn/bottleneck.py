@@ -6,6 +6,7 @@ h (..., width) is what the sublayer gives, x (..., width) what it reads:
     sequential    y = h + s up(f(down(h)))
     parallel      y = h + s up(f(down(x)))
 
+Earlier adapters may stay frozen below the one that is trained: each reads what those before it give.
 ``up`` begins at zero, so that y is h, bit for bit, until the first step.
 """
 
@@ -90,9 +91,36 @@ class BottleneckSublayer(AdapterModule):
         self.parallel = config.mode == "parallel"
         self.scaling = float(config.scaling)
         device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), torch.device("cpu"))
+        self.below = nn.ModuleList()  # earlier adapters, frozen
+        self.below_names: list[str] = []
+        self._below_how: list[tuple[bool, float]] = []
         self.adapter = BottleneckAdapter(
             width, config.size_for(width), config.non_linearity, device, torch_dtype(config.adapter_dtype)
         )
+
+    def stand_over(self, name: str, config: Any, tensors: dict[str, Tensor]) -> None:
+        """Put an earlier adapter, frozen, between the sublayer (or others before it) and the one that is trained.
+
+        Args:
+            name: What to call it.
+            config: Its `BottleneckConfig`.
+            tensors: By their names in its `BottleneckAdapter`.
+        """
+        size = tensors["down.weight"].shape[0]
+        own = self.adapter.down.weight
+        earlier = BottleneckAdapter(self.width, size, config.non_linearity, own.device, own.dtype)
+        earlier.load_state_dict(tensors)
+        self.below.append(earlier.requires_grad_(False))
+        self.below_names.append(name)
+        self._below_how.append((config.mode == "parallel", float(config.scaling)))
+
+    def drawn(self) -> dict[str, Tensor]:
+        """See `AdapterModule.drawn`: earlier adapters, whose folders give them again."""
+        return {
+            f"{name} ({own})": tensor.detach()
+            for name, earlier in zip(self.below_names, self.below, strict=True)
+            for own, tensor in earlier.named_parameters()
+        }
 
     @property
     def replaced(self) -> nn.Module:
@@ -102,7 +130,7 @@ class BottleneckSublayer(AdapterModule):
     @property
     def added(self) -> nn.Module:
         """See `AdapterModule.added`."""
-        return self.adapter
+        return nn.ModuleList([self.adapter, *self.below])
 
     def own_names(self) -> list[str]:
         """Weights and biases of ``down`` and ``up``."""
@@ -118,8 +146,8 @@ class BottleneckSublayer(AdapterModule):
         return [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
 
     def untrained(self) -> bool:
-        """Whether ``up`` is exactly zero."""
-        return not any(bool(p.detach().any()) for p in self.adapter.up.parameters())
+        """Whether ``up`` is exactly zero and nothing lies below."""
+        return not len(self.below) and not any(bool(p.detach().any()) for p in self.adapter.up.parameters())
 
     def _nothing(self) -> dict[str, Tensor]:
         weight = self.adapter.down.weight.detach()
@@ -138,9 +166,11 @@ class BottleneckSublayer(AdapterModule):
                 f"a bottleneck adapter of width {self.width} stands on a {type(self.base_layer).__name__}, which gives "
                 f"{shape}: name modules that give hidden states in `target_modules`"
             )
-        read = _first_tensor(args, kwargs) if self.parallel else hidden
-        changed = hidden + self.scaling * self.strength * self.adapter(read.to(hidden.dtype))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        how = [*self._below_how, (self.parallel, self.scaling)]
+        for adapter, (parallel, scaling) in zip([*self.below, self.adapter], how, strict=True):
+            read = _first_tensor(args, kwargs) if parallel else hidden
+            hidden = hidden + scaling * self.strength * adapter(read.to(hidden.dtype))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def __getattr__(self, name: str) -> Any:
         # Code around the sublayer reads its attributes: `layer_idx`, `is_causal`.

@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import BottleneckConfig, apply_adapters, disable_adapters, load_adapter, save_adapter
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
+from lightning_lora import (
+    Bottleneck,
+    BottleneckConfig,
+    NormTuningConfig,
+    adapter_state_dict,
+    apply_adapters,
+    disable_adapters,
+    load_adapter,
+    save_adapter,
+)
+from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, TargetError, UnsupportedError
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.bottleneck import BottleneckSublayer
-from tests.helpers import TinyNet, random_adapters, tiny_gpt2, tiny_llama
+from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
 from tests.model.nets import tiny_bert
 from tests.model.test_blocks import build
 
@@ -92,7 +103,7 @@ def test_over_a_packed_base_its_linears_are_packed_too() -> None:
     assert output(bert).isfinite().all()
 
 
-def test_named_modules_take_the_place_of_blocks(tmp_path: Any) -> None:
+def test_named_modules_take_the_place_of_blocks(tmp_path: Path) -> None:
     model = tiny_llama()
     report = apply_adapters(model, BottleneckConfig(target_modules=["o_proj"], layers_to_transform=[1]))
     assert report.adapted == ["model.layers.1.self_attn.o_proj"]
@@ -145,3 +156,74 @@ def test_the_end_of_a_sublayer_cannot_be_parallel() -> None:
 def test_bad_arguments(values: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         BottleneckConfig(**values)
+
+
+def earlier(folder: Path, seed: int = 1, **values: Any) -> Tensor:
+    """Write an adapter; what a model with it gives."""
+    model = tiny_llama().eval()
+    apply_adapters(model, BottleneckConfig(**{"bottleneck_size": 3, "non_linearity": "tanh", "scaling": 2.0, **values}))
+    random_adapters(model, seed=seed, std=0.3)
+    save_adapter(model, folder)
+    return output(model)
+
+
+def test_it_stands_on_earlier_adapters(tmp_path: Path) -> None:
+    base, first = output(tiny_llama()), earlier(tmp_path / "first")
+    stack = [str(tmp_path / "first")]
+    second = earlier(tmp_path / "second", seed=2, stack=stack, placement="houlsby", mode="parallel")
+    assert not torch.allclose(second, first)
+    model = tiny_llama().eval()
+    config = BottleneckConfig(placement="houlsby", bottleneck_size=4, stack=[*stack, str(tmp_path / "second")])
+    report = apply_adapters(model, config)
+    assert torch.equal(output(model), second)
+    assert not any(part.untrained() for part in parts(model).values() if len(part.below))
+    assert report.trainable_params == sum(part.adapter.down.weight.numel() * 2 + 68 for part in parts(model).values())
+    with disable_adapters(model):
+        assert torch.equal(output(model), base)
+    assert not any(".below." in name for name in adapter_state_dict(model))
+    random_adapters(model, seed=4)
+    save_adapter(model, tmp_path / "third")
+    again = tiny_llama().eval()
+    load_adapter(again, tmp_path / "third")
+    assert torch.equal(output(again), output(model))
+
+
+def test_a_run_over_a_stack_is_resumed_over_the_same_alone(tmp_path: Path) -> None:
+    earlier(tmp_path / "first")
+
+    def run(steps: int, ckpt: Path | None = None) -> LM:
+        torch.manual_seed(0)
+        module = LM(tiny_llama())
+        kept = ModelCheckpoint(tmp_path / "run", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        callback = Bottleneck(bottleneck_size=4, stack=[str(tmp_path / "first")])
+        make_trainer(tmp_path, [callback, kept], max_steps=steps).fit(module, loader(), ckpt_path=ckpt)
+        return module
+
+    whole = run(4)
+    cut = run(4, tmp_path / "run" / "step=2.ckpt")
+    assert all(torch.equal(t, adapter_state_dict(cut)[name]) for name, t in adapter_state_dict(whole).items())
+    earlier(tmp_path / "first", seed=9)
+    with pytest.raises(AdapterMismatchError, match="a folder of `stack` was changed since. Give it as it was"):
+        run(4, tmp_path / "run" / "step=2.ckpt")
+
+
+def test_stacks_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    earlier(tmp_path / "first", placement="houlsby")
+    stack = [str(tmp_path / "first")]
+    with pytest.raises(UnsupportedError, match="has an adapter on 'model.layers.0.self_attn', where this one has none"):
+        apply_adapters(tiny_llama(), BottleneckConfig(stack=stack))
+    earlier(tmp_path / "second", placement="houlsby", stack=stack)
+    with pytest.raises(ConfigError, match="here it would stand over .*: list those folders before it"):
+        apply_adapters(tiny_llama(), BottleneckConfig(placement="houlsby", stack=[str(tmp_path / "second")]))
+    with pytest.raises(CheckpointError, match="is no adapter folder of this package that can be read"):
+        apply_adapters(tiny_llama(), BottleneckConfig(stack=[str(tmp_path / "nowhere")]))
+    earlier(tmp_path / "head", modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedError, match="of a module that was trained in full"):
+        apply_adapters(tiny_llama(), BottleneckConfig(stack=[str(tmp_path / "head")]))
+    model = tiny_llama()
+    apply_adapters(model, NormTuningConfig())
+    save_adapter(model, tmp_path / "norms")
+    with pytest.raises(CheckpointError, match="is of 'LN_TUNING': only bottleneck adapters stand on one another"):
+        apply_adapters(tiny_llama(), BottleneckConfig(stack=[str(tmp_path / "norms")]))
+    with pytest.raises(ConfigError, match="`stack` must be a list of names or null"):
+        BottleneckConfig(stack="a")
