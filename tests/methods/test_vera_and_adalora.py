@@ -18,7 +18,6 @@ from lightning_lora import (
     AdaLoRAConfig,
     AdapterDiagnostics,
     AdapterSummary,
-    ForgettingMonitor,
     LoRA,
     MergeOnFitEnd,
     VeRA,
@@ -41,7 +40,6 @@ from lightning_lora.model.apply import adapter_modules, apply_adapters
 from lightning_lora.model.sharding import shard_model
 from lightning_lora.strategies.zero_options import refuse_adapters
 from tests.cli.tiny import Tiny, TinyData
-from tests.forgetting import tiny
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
 from tests.io.merging import error, logits
 
@@ -214,19 +212,14 @@ def test_what_loaders_and_facts_say(method: str, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_what_looks_on_works_beside_it(method: str, tmp_path: Path) -> None:
-    task = str(tiny.write_task(tmp_path, "kept", tiny.items(12)))
-    monitor = ForgettingMonitor(task, tiny.tokenizer(), every_n_steps=3, items_per_eval=6)
+def test_the_size_of_an_update_is_summed_up_and_diagnosed(method: str, tmp_path: Path) -> None:
     summary = AdapterSummary()
-    run = make_trainer(tmp_path, [callback(method), summary, monitor], max_steps=6)
-    run.fit(student := tiny.Student(dropout=0.1), tiny.loader())
-    assert monitor.history
-    assert summary.summary is not None
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    assert summary.summary.total.trainable_params == trained
     diagnostics = AdapterDiagnostics(every_n_steps=6)
-    run = make_trainer(tmp_path, [callback(method), diagnostics], max_steps=6)
+    run = make_trainer(tmp_path, [callback(method), summary, diagnostics], max_steps=6)
     run.fit(module := LM(tiny_llama()), loader())
+    assert summary.summary is not None
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert summary.summary.total.trainable_params == trained
     assert diagnostics.report is not None
     spectra = diagnostics.report.modules
     for name, layer in adapter_modules(module):

@@ -133,8 +133,8 @@ def test_dropout_drops_and_keeps_the_mean() -> None:
     assert not torch.equal(first, layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
     layer.train()
-    mean = torch.stack([layer(x).detach() for _ in range(4000)]).mean(0)
-    assert relative(mean, layer.eval()(x)) < 0.03
+    mean = torch.stack([layer(x).detach() for _ in range(1000)]).mean(0)
+    assert relative(mean, layer.eval()(x)) < 0.05
     layer.train()
     torch.manual_seed(0)
     again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)[0]
