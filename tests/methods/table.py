@@ -72,6 +72,8 @@ ROWS = (
         tolerance=0.2,
     ),
     Row("dora", "LoRA", {"r": 4, "use_dora": True}),
+    Row("embedding", "LoRA", {"r": 4, "target_modules": ["embed_tokens", "wte", "q_proj", "c_attn"]}),
+    Row("tokens", "LoRA", {"r": 4, "trainable_token_indices": [3, 5]}),
     Row("ia3", "IA3", learns_at=5e-2, low_rank=False),
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
