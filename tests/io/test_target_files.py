@@ -38,6 +38,7 @@ from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, Confi
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra, base_norms
+from lightning_lora.strategies.zero_options import refuse_adapters
 from small_base.data import MODEL_DIR, load_tokenizer
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 from tests.model.kinds import CASES, IDS, PARAMS, adapted, logits
@@ -153,6 +154,7 @@ def test_what_is_not_built_is_refused_by_name(case: str, tmp_path: Path) -> None
         lambda: load_adapter(model, tmp_path / "a", name="second"),
         lambda: add_weighted_adapter(model, ["default"], [0.5], "sum"),
         lambda: mixed_batch(model, ["default", "default"]).__enter__(),
+        lambda: refuse_adapters(model),  # DeepSpeed's
     ):
         with pytest.raises(UnsupportedError, match=text):
             use()
