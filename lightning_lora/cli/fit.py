@@ -16,6 +16,7 @@ _PAGE: tuple[tuple[str, Any, str], ...] = (
     ("--data", "lightning_lora.InstructionDataModule", "any LightningDataModule, by its import path"),
     ("--lora.r", 16, "rank of the adapters"),
     ("--lora.quantize", "none", "packing of the base: none, nf4, nf4-dq, fp4 or int8"),
+    ("--method", SUPPRESS, "callback of another method than LoRA, such as lightning_lora.IA3"),
     ("--checkpoint.dirpath", SUPPRESS, "folder of checkpoints and adapters; the logger's folder without"),
     ("--forgetting.tasks", SUPPRESS, "lm-eval tasks, names or YAML files: what is forgotten is measured on them"),
     ("--merge.dirpath", SUPPRESS, "folder to write the merged model to when training is over"),

@@ -5,8 +5,10 @@
 
     model:       CausalLMModule, or any LightningModule by class_path
     data:        InstructionDataModule, or any LightningDataModule by class_path
-    lora:        arguments of LoRA, which is always there
-    checkpoint:  of AdapterCheckpoint, unless trainer.enable_checkpointing is false
+    lora:        arguments of LoRA, which is there unless another method is named
+    method:      callback of another method by class_path, such as IA3, with its arguments
+    checkpoint:  of AdapterCheckpoint, unless trainer.enable_checkpointing is false; of ModelCheckpoint for a
+                 method that leaves no adapter folder
     forgetting:  of ForgettingMonitor, which is there if it has tasks
     merge:       of MergeOnFitEnd, which is there if it has a dirpath
     trainer:     of the Trainer
@@ -19,14 +21,17 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple, instantiate_class
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError
+from lightning_lora.io.peft_types import has_folder
 from lightning_lora.strategies.registry import register_strategies
 
 #: Beside the defaults of the classes: 8 x 8 examples a step, seen twice (guides: 64 to 128, one to three times).
@@ -80,6 +85,9 @@ class FitCLI(LightningCLI):
             if key in _ASKS:
                 parser.add_argument(f"--{key}.{_ASKS[key]}", **_QUESTIONS[key])
             parser.add_class_arguments(callback, key, instantiate=False, skip=skip)
+        parser.add_subclass_arguments(
+            AdapterCallback, "method", required=False, help="Callback of another method than LoRA, by its import path."
+        )
         parser.set_defaults({"checkpoint.monitor": "val_loss"})
         parser.add_optimizer_args((Optimizer,))
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
@@ -104,11 +112,13 @@ class FitCLI(LightningCLI):
         users = self.config_init["trainer"].get("callbacks") or []
         users = list(users) if isinstance(users, Iterable) else [users]
         own = list(self._own_callbacks())
-        for kind in (type(callback) for callback in own):
-            if any(isinstance(callback, kind) for callback in users):
-                key = next(key for key, value in _OWN.items() if value is kind)
+        for callback in users:
+            key = next((key for key, kind in _OWN.items() if isinstance(callback, kind)), None)
+            if key is None and isinstance(callback, AdapterCallback):
+                key = "method"
+            if key == "method" or any(isinstance(other, type(callback)) for other in own):
                 raise ConfigError(
-                    f"`fit` adds {kind.__name__} itself: write its arguments under `{key}`, not `trainer`"
+                    f"`fit` adds {type(callback).__name__} itself: write its arguments under `{key}`, not `trainer`"
                 )
         return super().instantiate_trainer(callbacks=[own[0], *users, *own[1:]], **kwargs)
 
@@ -117,13 +127,33 @@ class FitCLI(LightningCLI):
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.config["ckpt_path"])
 
     def _own_callbacks(self) -> Iterable[Callback]:
+        method = self._method()
         for key, kind in _OWN.items():
             values = self.config_init[key].as_dict()
+            if key == "lora" and method is not None:
+                yield method
+                continue
             if key in _ASKS and not values[_ASKS[key]]:
                 continue
             if key == "checkpoint" and self.config_init["trainer"]["enable_checkpointing"] is False:
                 continue
+            if key == "checkpoint" and method is not None and not has_folder(method.config):
+                kind = ModelCheckpoint
+                del values["keep_last_n"]
             yield kind(**values)
+
+    def _method(self) -> AdapterCallback | None:
+        """The callback under ``method``; None for `LoRA` as ``lora`` has it."""
+        method: AdapterCallback | None = self.config_init.get("method")
+        if method is not None:
+            own, plain = self.config["lora"].as_dict(), self.parser.get_defaults()["lora"].as_dict()
+            given = [name for name in own if own[name] != plain[name]]
+            if given:
+                raise ConfigError(
+                    f"`lora.{given[0]}` is given, and `method` {type(method).__name__}: a run has one method. Write "
+                    "its arguments under `method.init_args`, and leave `lora` out"
+                )
+        return method
 
 
 _QUESTIONS: dict[str, dict[str, Any]] = {

@@ -34,6 +34,7 @@ class AdaLoRAConfig(AdapterConfig):
 
     method: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
+    use_fields: ClassVar[tuple[str, ...]] = ("lora_alpha",)
     free_fields: ClassVar[tuple[str, ...]] = ("lora_dropout", "orth_reg_weight", "total_step", "compute_dtype")
 
     init_r: int = 12

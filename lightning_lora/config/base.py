@@ -45,6 +45,8 @@ class AdapterConfig:
     method: ClassVar[str] = "lora"
     #: What it is called in texts.
     title: ClassVar[str] = "LoRA"
+    #: Fields that say how stored tensors are used, and that neither their shapes nor a scale in a file show.
+    use_fields: ClassVar[tuple[str, ...]] = ()
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None

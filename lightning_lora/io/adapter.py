@@ -37,7 +37,7 @@ from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, MergeError, Notice, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.checkpoint_adapter import load_checkpoint_adapter, load_checkpoint_resident
-from lightning_lora.io.conversion import config_for, repacked
+from lightning_lora.io.conversion import compare_use, config_for, repacked
 from lightning_lora.io.distributed import is_distributed
 from lightning_lora.io.drawn import compare_drawn, drawn_digests
 from lightning_lora.io.folder import (
@@ -233,6 +233,7 @@ def load_adapter(
         return
     mine = list(places(model))
     try:
+        compare_use(record.config, folder)
         compare_shapes({key: tuple(m.live(own).shape) for key, _, m, own in mine}, folder.shapes(), folder.path)
         strengths = _strengths(mine, folder)
     except AdapterMismatchError:

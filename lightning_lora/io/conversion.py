@@ -13,7 +13,14 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterConfig, LoRAConfig, config_from_dict
-from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, Notice, TargetError
+from lightning_lora.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    Notice,
+    TargetError,
+)
 from lightning_lora.io.folder import CONFIG, RECORD, AdapterFolder, compare_shapes
 from lightning_lora.io.kinds import EXPERTS, SAVED, TOKENS, AdapterKind, Part, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
@@ -69,6 +76,27 @@ def _special(model: nn.Module, prefix: str, config: AdapterConfig) -> dict[str, 
     found: dict[str, AdapterKind | None] = dict.fromkeys(expert_parameters(model, config), EXPERTS)
     found |= {name: None if owner else TOKENS for name, (_, owner) in token_layers(model, config).items()}
     return {clean(inside(name, prefix)): kind for name, kind in found.items()}
+
+
+def compare_use(config: AdapterConfig, folder: AdapterFolder) -> None:
+    """See that a model that was converted by ``config`` uses the folder's tensors as they were used in the training.
+
+    Raises:
+        AdapterMismatchError: They are another method's, or it uses them in another way.
+    """
+    if folder.kind.config is not type(config):
+        raise AdapterMismatchError(
+            f"{folder.path} holds an adapter of {folder.kind.config.title}, the model was converted for "
+            f"{config.title}: load it into a fresh base"
+        )
+    if config.use_fields:
+        theirs = _written_config(folder, [])
+        for name in config.use_fields:
+            if getattr(theirs, name) != getattr(config, name):
+                raise AdapterMismatchError(
+                    f"{folder.path}: `{name}` is {getattr(theirs, name)!r} there and {getattr(config, name)!r} in the "
+                    "model: convert it with the same, or load the folder into a fresh base"
+                )
 
 
 def repacked(config: AdapterConfig, quantize: str | None) -> AdapterConfig:

@@ -272,13 +272,23 @@ def type_of(config: Mapping[str, Any], where: str) -> PeftType:
     return row
 
 
+def has_folder(config: AdapterConfig) -> bool:
+    """Whether a configuration's method leaves an adapter folder."""
+    return _row_for(config) is not None
+
+
+def _row_for(config: AdapterConfig) -> PeftType | None:
+    rows = [*PEFT_TYPES.values(), *OWN_TYPES.values()]
+    return next((row for row in rows if row.config is type(config)), None)
+
+
 def type_for(config: AdapterConfig) -> PeftType:
     """The row of one of our configurations.
 
     Raises:
         UnsupportedError: PEFT has no such method.
     """
-    row = next((row for row in [*PEFT_TYPES.values(), *OWN_TYPES.values()] if row.config is type(config)), None)
+    row = _row_for(config)
     if row is None:
         raise UnsupportedError(
             f"{config.title} leaves no adapter to write: merge the model (`merge_adapters`, `MergeOnFitEnd`), or keep "

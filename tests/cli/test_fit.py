@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from lightning_lora import (
     LoRA,
     MergeOnFitEnd,
 )
+from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.cli.fit_cli import FitCLI
 from lightning_lora.cli.main import main
+from lightning_lora.errors import ConfigError
+from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from small_base.data import MODEL_DIR
 from tests.cli.test_commands import run
 from tests.cli.tiny import TinyBase
+from tests.methods.table import ROWS, Row
 from tests.test_readme import write_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +138,35 @@ def test_callbacks_are_there_when_they_are_asked_for() -> None:
     assert [type(c) for c in own] == [LoRA, ForgettingMonitor, MergeOnFitEnd]
     assert own[1].tasks == ["a.yaml"]  # type: ignore[attr-defined]
     assert cli.trainer.accumulate_grad_batches == 1
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("ia3", "full")], ids=str)
+def test_any_method_is_one_key(row: Row) -> None:
+    method = {"method": {"class_path": f"lightning_lora.{row.callback}", "init_args": row.settings}}
+    cli = FitCLI([*TINY, *QUICK, "--method", json.dumps(method["method"]), "--checkpoint.save_top_k=1"])
+    (made,) = [c for c in cli.trainer.callbacks if isinstance(c, AdapterCallback)]  # type: ignore[attr-defined]
+    assert made.config == row.config()
+    saver = cli.trainer.checkpoint_callback
+    assert isinstance(saver, AdapterCheckpoint) == (row.peft or row.own_folder)
+    assert saver.monitor == "val_loss"  # type: ignore[union-attr]
+
+
+def test_another_method_trains_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "method: {class_path: lightning_lora.VeRA, init_args: {r: 4, target_modules: ['net.0']}}\n"
+    )
+    cli = FitCLI([*TINY, *QUICK, "--config=run.yaml", "--checkpoint.dirpath=adapters"])
+    cli.fit()
+    assert [type(m).__name__ for _, m in adapter_modules(cli.model)] == ["VeRALinear"]
+    assert list((tmp_path / "adapters").glob("*/adapter_model.safetensors"))
+
+
+def test_a_run_of_fit_has_one_method() -> None:
+    method = "--method=lightning_lora.IA3"
+    with pytest.raises(ConfigError, match=r"`lora\.r` is given, and `method` IA3: a run has one method"):
+        FitCLI([*TINY, *QUICK, method, "--lora.r=4"])
+    with pytest.raises(ConfigError, match="`fit` adds IA3 itself: write its arguments under `method`, not `trainer`"):
+        FitCLI([*TINY, *QUICK, "--trainer.callbacks=[{'class_path': 'lightning_lora.IA3'}]"])
 
 
 def test_any_module_and_data_train_adapters(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lightning_lora import (
     AdapterSummary,
     ForgettingMonitor,
+    IA3Config,
+    LoRAConfig,
     adapter_state_dict,
     apply_adapters,
     disable_adapters,
@@ -227,6 +229,26 @@ def test_its_folder_comes_back_and_peft_takes_it(row: Row, runs: Any, tmp_path: 
             warnings.simplefilter("ignore")
             load_adapter(back, tmp_path / "theirs")
         assert near(logits(back), live) < row.tolerance
+
+
+@every_method
+def test_a_folder_of_another_method_or_another_use_is_refused_by_name(row: Row, tmp_path: Path) -> None:
+    other: AdapterConfig = IA3Config() if row.callback == "LoRA" else LoRAConfig(r=4)
+    source = tiny_llama()
+    apply_adapters(source, other)
+    save_adapter(source, tmp_path / "other")
+    model = tiny_llama()
+    apply_adapters(model, row.config())
+    text = f"holds an adapter of {other.title}, the model was converted for {row.config().title}"
+    with pytest.raises((AdapterMismatchError, UnsupportedError), match=text if row.exact else "shares a model"):
+        load_adapter(model, tmp_path / "other")
+    for name in row.config().use_fields:
+        changed = {"mode": "parallel", "non_linearity": "gelu"}.get(name, 3.0)
+        source = tiny_llama()
+        apply_adapters(source, row.config(**{name: changed}))
+        save_adapter(source, tmp_path / name)
+        with pytest.raises(AdapterMismatchError, match=f"`{name}` is {changed!r} there and"):
+            load_adapter(model, tmp_path / name)
 
 
 @every_method
