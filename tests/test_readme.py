@@ -156,9 +156,10 @@ def test_broken_python_block_fails() -> None:
 @pytest.mark.parametrize("block", of_kind("yaml"))
 def test_yaml_block_makes_its_objects(block: Block, tmp_path: Path) -> None:
     (tmp_path / "block.yaml").write_text(block.text)
-    if re.search(r"^lora:", block.text, re.MULTILINE):  # of `lightning-lora fit`
+    if found := re.search(r"^(lora|method):(?: {class_path: lightning_lora\.(\w+))?", block.text, re.MULTILINE):
         made = FitCLI(["--config", str(tmp_path / "block.yaml"), "--trainer.accelerator=cpu"])
-        assert {"LoRA", "ForgettingMonitor", "MergeOnFitEnd"} <= {type(c).__name__ for c in made.trainer.callbacks}
+        own = {"LoRA", "ForgettingMonitor", "MergeOnFitEnd"} if found[1] == "lora" else {found[2]}
+        assert own <= {type(c).__name__ for c in made.trainer.callbacks}
         return
     trainer = instantiated(tmp_path / "block.yaml").trainer
     for name in re.findall(r"class_path: lightning_lora\.(\w+)", block.text):
