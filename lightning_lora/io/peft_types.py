@@ -209,6 +209,11 @@ def _refuse_unbuilt_virtual(config: Mapping[str, Any], where: str) -> None:
             f"{where}: `task_type` is {config['task_type']!r}; virtual tokens are built for causal models "
             "(CAUSAL_LM) only."
         )
+    if config.get("modules_to_save"):
+        raise UnsupportedError(
+            f"{where}: `modules_to_save` is {config['modules_to_save']!r}; beside virtual tokens no module is trained in "
+            "full."
+        )
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UnsupportedError(
             f"{where}: `num_transformer_submodules` is {config['num_transformer_submodules']!r}; only 1 is built."

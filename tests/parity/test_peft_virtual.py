@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lightning_lora
 from lightning_lora import apply_adapters, load_adapter, save_adapter
+from lightning_lora.errors import UnsupportedError
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.nn.virtual import VirtualTokens
 from tests.helpers import tiny_gpt2, tiny_llama
@@ -128,3 +129,20 @@ def test_folders_both_ways(make: Callable[[], nn.Module], kind: str, tmp_path: P
             decoder.adapter.embedding.zero_()
         load_adapter(model, tmp_path / "theirs")
         assert torch.equal(_logits(model), want)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` is \['lm_head'\]; beside virtual tokens no module is"),
+        ({"task_type": "SEQ_CLS"}, "`task_type` is 'SEQ_CLS'; virtual tokens are built for causal models"),
+        ({"num_transformer_submodules": 2}, "`num_transformer_submodules` is 2; only 1 is built"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(words: dict[str, Any], text: str, tmp_path: Path) -> None:
+    peft = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT))
+    peft.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | words))
+    with pytest.raises(UnsupportedError, match=text):
+        load_adapter(tiny_llama(), tmp_path)
