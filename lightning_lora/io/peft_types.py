@@ -211,8 +211,8 @@ def _refuse_unbuilt_virtual(config: Mapping[str, Any], where: str) -> None:
         )
     if config.get("modules_to_save"):
         raise UnsupportedError(
-            f"{where}: `modules_to_save` is {config['modules_to_save']!r}; beside virtual tokens no module is trained in "
-            "full."
+            f"{where}: `modules_to_save` is {config['modules_to_save']!r}; beside virtual tokens no module is trained "
+            "in full."
         )
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UnsupportedError(
