@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from lightning_lora.io.adapter import load_adapter, save_adapter
     from lightning_lora.io.checkpoint import load_from_checkpoint
+    from lightning_lora.io.expert_files import export_experts
     from lightning_lora.io.loaders import validate_adapter
     from lightning_lora.io.merge import merge_adapters, merged_state_dict
     from lightning_lora.io.merge_disk import merge_to_disk
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from lightning_lora.model.tensor_parallel import parallelize_adapted
+    from lightning_lora.model.vocabulary import add_tokens
     from lightning_lora.planning.plan import plan
     from lightning_lora.planning.result import Plan
     from lightning_lora.strategies.ddp import AdapterDDPStrategy

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.resources
 import subprocess
@@ -57,6 +58,14 @@ def test_public_names_are_importable_and_listed() -> None:
     for name in package.__all__:
         assert getattr(package, name) is not None
     assert set(package.__all__) <= set(dir(package))
+
+
+def test_type_checkers_and_the_reference_see_every_public_name() -> None:
+    package = importlib.import_module("lightning_lora")
+    source = Path(str(package.__file__)).read_text()
+    (block,) = [n for n in ast.parse(source).body if isinstance(n, ast.If)]
+    seen = {alias.name for line in block.body if isinstance(line, ast.ImportFrom) for alias in line.names}
+    assert seen == set(package.__all__) - {"__version__"}
 
 
 def test_unknown_public_name_is_an_attribute_error() -> None:
