@@ -24,7 +24,9 @@ from lightning_lora.io.tensor_files import TensorFolder
 from lightning_lora.model.spectrum import Spectrum, singular_values
 
 #: In the keys of what an adapter has of its own beside LoRA's pairs.
-_OWN = re.compile(r"(^|\.)(lora|ia3|vera)_|base_model\.vera_")
+_OWN = re.compile(
+    r"(^|\.)((lora|ia3|vera)_|bottleneck\.|token_adapter\.|ln_tuning_layers\.)|^prompt_embeddings$|base_model\.vera_"
+)
 
 
 @dataclass(frozen=True)

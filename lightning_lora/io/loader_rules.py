@@ -154,7 +154,8 @@ def _dora(facts: Facts, loader: Loader) -> str | None:
 def _modules_to_save(facts: Facts, loader: Loader) -> str | None:
     known = (".lora_", ".base_layer.", ".token_adapter.", ".bias", ".vera_")
     full = [key for key in facts.shapes if not any(part in key for part in known)]
-    names = facts.config.get("modules_to_save") or sorted({key.removeprefix(PREFIX) for key in full})
+    others = [] if _method(facts, loader) else sorted({key.removeprefix(PREFIX) for key in full})
+    names = facts.config.get("modules_to_save") or others  # what another method keeps is its own
     return f"modules are kept in full, {names[:3]}" if names else None
 
 

@@ -32,6 +32,7 @@ from lightning_lora import (
 from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.config import AdapterConfig, config_from_dict
 from lightning_lora.errors import AdapterMismatchError, UnsupportedError
+from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
 from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra
@@ -285,3 +286,16 @@ def test_over_a_packed_base(row: Row, tmp_path: Path) -> None:
     with disable_adapters(module), disable_adapters(base):
         off, packed = logits(module.net), logits(base)
     assert torch.equal(off, packed) if row.exact else near(off, packed) < 1e-5
+
+
+@every_method
+def test_what_a_file_says_of_it(row: Row, runs: Any, tmp_path: Path) -> None:
+    module, files = runs(row)
+    places: list[Path | str] = [files[-1]]
+    if row.peft or row.own_folder:
+        save_adapter(module, tmp_path / "adapter")
+        places.append(tmp_path / "adapter")
+    for place in places:
+        facts = adapter_facts(place)
+        assert facts.parameters > 0
+        assert facts.saved == []  # nothing of `modules_to_save`
