@@ -107,7 +107,8 @@ def read_examples(source: Source, format: Format = "auto", skip_malformed: bool 
                 raise
             reading.problems.append(str(error))
     if not reading.examples:
-        names = ", ".join(item if isinstance(item, str) else str(item)[:_SHOWN] for item in given) or "an empty list"
+        told = [str(item) if isinstance(item, str | Path) else str(item)[:_SHOWN] for item in given]
+        names = ", ".join(told) or "an empty list"
         passed = (
             f"; {len(reading.problems)} were passed over, the first: {reading.problems[0]}" if reading.problems else ""
         )

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.errors import BaseMismatchError
 from lightning_lora.model.apply import adapter_modules, adapter_record
 from lightning_lora.model.fingerprint import digest
+from lightning_lora.model.inner import clean_name
 from lightning_lora.nn.residual import START_A, START_B
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.ranks import gather
@@ -70,7 +71,9 @@ def frozen_base(module: nn.Module) -> dict[str, Tensor]:
             sent.update(map(id, (*adapter.parameters(), *adapter.buffers())))
         else:
             own = [name for name in adapter.own_names() if name not in (START_A, START_B)]  # a part of the base
-            sent.update(id(adapter.live(name)) for name in own)
+            named = (*adapter.named_parameters(remove_duplicate=False), *adapter.named_buffers(remove_duplicate=False))
+            tensors = {clean_name(name): tensor for name, tensor in named}  # inside wrappers of FSDP's
+            sent.update(id(tensors[name]) for name in own)
     frozen: dict[str, Tensor] = {
         n: p for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
     }

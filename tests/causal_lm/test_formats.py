@@ -103,9 +103,11 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_empty_file_is_an_error(name: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
+    folder = tmp_path / ("long" * 30)  # a path is told whole
+    folder.mkdir()
+    (folder / name).write_text(text)
     with pytest.raises(DataError, match=rf"no example in .*{name}"):
-        read_examples(tmp_path / name)
+        read_examples(folder / name)
 
 
 def test_broken_list_is_named(tmp_path: Path) -> None:
