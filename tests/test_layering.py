@@ -72,6 +72,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "folder",
         "kinds",
         "conversion",
+        "peft_config",
         "loader_rules",
         "loaders",
         "portable",

@@ -25,7 +25,8 @@ from lightning_lora.errors import (
     Notice,
     UnsupportedError,
 )
-from lightning_lora.io.adapter import load_adapter, peft_config, save_adapter
+from lightning_lora.io.adapter import load_adapter, save_adapter
+from lightning_lora.io.peft_config import peft_config
 from lightning_lora.model.apply import (
     adapter_modules,
     adapter_record,
