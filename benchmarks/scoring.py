@@ -27,7 +27,7 @@ from variants import SHAPES, arguments, environment
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.forgetting import Scorer, load_tasks
 from lightning_lora.forgetting.tasks import LoadedTask, without_bars
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 
 VOCABULARY = 256
 BATCH_SIZES = (8, 32)

@@ -27,7 +27,7 @@ from variants import SHAPES, arguments, environment
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter, set_adapter, use_adapter
 from lightning_lora.errors import Notice
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

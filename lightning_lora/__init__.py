@@ -53,14 +53,7 @@ if TYPE_CHECKING:
     from lightning_lora.io.loaders import validate_adapter
     from lightning_lora.io.merge import merge_adapters, merged_state_dict
     from lightning_lora.io.merge_disk import merge_to_disk
-    from lightning_lora.model.apply import (
-        ApplyReport,
-        adapter_state_dict,
-        apply_adapters,
-        apply_lora,
-        disable_adapters,
-        set_adapter_scale,
-    )
+    from lightning_lora.model.apply import ApplyReport, apply_adapters, apply_lora, disable_adapters, set_adapter_scale
     from lightning_lora.model.combine import add_weighted_adapter
     from lightning_lora.model.eva import eva_start
     from lightning_lora.model.loraplus import loraplus_param_groups
@@ -72,6 +65,7 @@ if TYPE_CHECKING:
         set_adapter,
         use_adapter,
     )
+    from lightning_lora.model.state import adapter_state_dict
     from lightning_lora.model.tensor_parallel import parallelize_adapted
     from lightning_lora.model.vocabulary import add_tokens
     from lightning_lora.planning.plan import plan
@@ -123,7 +117,7 @@ _HOME = {
     "VeRA": "callbacks.vera",
     "VeRAConfig": "config",
     "active_adapter": "model.residents",
-    "adapter_state_dict": "model.apply",
+    "adapter_state_dict": "model.state",
     "add_tokens": "model.vocabulary",
     "add_weighted_adapter": "model.combine",
     "apply_adapters": "model.apply",

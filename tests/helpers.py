@@ -132,7 +132,7 @@ def make_trainer(tmp_path: Any, callbacks: list[L.Callback] | None = None, **kwa
 
 def random_adapters(model: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
     """Give every trained tensor of the adapters a random, non-zero value."""
-    from lightning_lora.model.apply import adapter_state_dict
+    from lightning_lora.model.state import adapter_state_dict
 
     generator = torch.Generator().manual_seed(seed)
     for tensor in adapter_state_dict(model).values():

@@ -44,6 +44,8 @@ ORDER: dict[str, tuple[str, ...]] = {
             "lora_targets",
             "methods",
             "fingerprint",
+            "slots",
+            "state",
             "apply",
             "unbuilt",
             "sharding",

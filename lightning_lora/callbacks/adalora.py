@@ -15,11 +15,11 @@ from typing_extensions import override
 from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.config import AdaLoRAConfig, DTypeName, MasterDTypeName, QuantizeMode
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import held_by
 from lightning_lora.model.orthogonality import add_orthogonality_gradient, orthogonality
 from lightning_lora.model.rank_allocator import BudgetSchedule, RankAllocator
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adalora import AdaLoRALinear
 
 

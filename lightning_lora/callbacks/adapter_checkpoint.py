@@ -24,7 +24,7 @@ from lightning_lora.io.adapter import save_adapter
 from lightning_lora.io.atomic import atomic_link, clean_leftovers, remove_folder
 from lightning_lora.io.folder import check_target
 from lightning_lora.io.peft_config import peft_config
-from lightning_lora.model.apply import is_adapted
+from lightning_lora.model.slots import is_adapted
 from lightning_lora.ranks import together
 from lightning_lora.strategies.checkpoint_io import after_saves
 from lightning_lora.strategies.registry import whole_module

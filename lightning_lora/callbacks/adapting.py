@@ -24,9 +24,10 @@ from lightning_lora.callbacks.trainer_bar import trainer_bar
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import AlreadyAdaptedError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import ApplyReport, adapter_modules, adapter_record, apply_adapters, merged_layers
+from lightning_lora.model.apply import ApplyReport, apply_adapters, merged_layers
 from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, held_by, repair_optimizers
+from lightning_lora.model.slots import adapter_modules, adapter_record
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.strategies.registry import attach
 from lightning_lora.strategies.sharded import ShardedStateMixin

@@ -23,8 +23,9 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.forgetting.arguments import check_counts, check_real
 from lightning_lora.forgetting.divergence import kl_sum
-from lightning_lora.model.apply import disable_adapters, is_adapted
+from lightning_lora.model.apply import disable_adapters
 from lightning_lora.model.inner import evaluating, hf_models
+from lightning_lora.model.slots import is_adapted
 
 #: Arguments of a transformers model that only its own loss needs.
 _OF_THE_LOSS = ("labels", "num_items_in_batch")

@@ -51,7 +51,7 @@ from lightning_lora.forgetting.schedule import RunLength, Schedule
 from lightning_lora.forgetting.scoring import Scorer
 from lightning_lora.forgetting.sizes import Sizes
 from lightning_lora.forgetting.tasks import LoadedTask
-from lightning_lora.model.apply import is_adapted
+from lightning_lora.model.slots import is_adapted
 from lightning_lora.ranks import notice, together
 from lightning_lora.reporting.output import ForgettingOutput
 

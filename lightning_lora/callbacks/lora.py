@@ -12,9 +12,9 @@ from torch import nn
 from lightning_lora.callbacks.adapting import AdapterCallback, optimizers_in
 from lightning_lora.callbacks.first_batches import FirstBatches
 from lightning_lora.config import DTypeName, LoRAConfig, MasterDTypeName, QuantizeMode
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.eva import eva_start
 from lightning_lora.model.loraplus import part_groups, schedulers_in
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 
 

@@ -30,10 +30,11 @@ from lightning_lora.io.merge_disk import merge_to_disk
 from lightning_lora.io.merged_folder import Inputs, check_target, compare_folder, write_merged
 from lightning_lora.io.names import adapter_root
 from lightning_lora.io.tensor_files import TensorFolder
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict, is_adapted, load_adapter_state
 from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.first_inputs import FirstInputs
 from lightning_lora.model.inner import is_hf_model
+from lightning_lora.model.slots import adapter_modules, is_adapted
+from lightning_lora.model.state import adapter_state_dict, load_adapter_state
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.nn.residual import ResidualLoRALinear
 from lightning_lora.strategies.ddp import frozen_base

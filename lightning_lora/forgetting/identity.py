@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.forgetting.base_cache import digest_of
-from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import digest, distinct_tensors
 from lightning_lora.model.inner import inner_model
+from lightning_lora.model.slots import adapter_record
 from lightning_lora.nn.sharded import is_sharded
 from lightning_lora.ranks import rank_and_world
 

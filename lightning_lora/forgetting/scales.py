@@ -20,8 +20,8 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.forgetting.paired import PairedScores
 from lightning_lora.forgetting.report import TaskReport, compare, compare_pooled
 from lightning_lora.forgetting.scoring import Scorer
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.depth import adapter_depths
+from lightning_lora.model.slots import adapter_modules
 
 SHAPES = ("uniform", "linear")
 

@@ -33,9 +33,10 @@ from lightning_lora.forgetting.identity import base_identity
 from lightning_lora.forgetting.language_model import Pair, as_lm, check_chat
 from lightning_lora.forgetting.tasks import LoadedTask, without_bars
 from lightning_lora.forgetting.trees import Row, Tree, make_batches, plant
-from lightning_lora.model.apply import adapter_modules, disable_adapters
+from lightning_lora.model.apply import disable_adapters
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.sharding import is_fully_sharded, needs_every_rank
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.ranks import gather, in_step, rank_and_world, together
 from lightning_lora.rng import preserve_rng
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.model.apply import adapter_state_dict, load_adapter_state
+from lightning_lora.model.state import adapter_state_dict, load_adapter_state
 from lightning_lora.nn.sharded import whole
 
 #: How many snapshots are kept, each as large as the adapters.

@@ -64,15 +64,11 @@ from lightning_lora.io.peft_types import PEFT_TYPES
 from lightning_lora.io.portable import check_portable, fitting_cast, portable_contents, update_error
 from lightning_lora.io.rank_pattern import kept_ranks, pattern_of, shrunk
 from lightning_lora.io.resident import load_resident
-from lightning_lora.model.apply import (
-    adapter_modules,
-    adapter_record,
-    apply_adapters,
-    check_kind,
-    is_adapted,
-)
+from lightning_lora.model.apply import apply_adapters
 from lightning_lora.model.inner import inner_model
 from lightning_lora.model.residents import refuse_in_fit, rename_adapter, use_adapter
+from lightning_lora.model.slots import adapter_modules, adapter_record, is_adapted
+from lightning_lora.model.state import check_kind
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lowrank import LowRankModule

@@ -45,16 +45,11 @@ from lightning_lora.io.distributed import read_either
 from lightning_lora.io.drawn import compare_drawn, drawn_digests
 from lightning_lora.io.folder import compare_fingerprints
 from lightning_lora.io.integrity import check_finite
-from lightning_lora.model.apply import (
-    adapter_modules,
-    adapter_record,
-    adapter_state_dict,
-    apply_adapters,
-    is_adapted,
-    load_adapter_state,
-)
+from lightning_lora.model.apply import apply_adapters
 from lightning_lora.model.fingerprint import same_base
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.slots import adapter_modules, adapter_record, is_adapted
+from lightning_lora.model.state import adapter_state_dict, load_adapter_state
 from lightning_lora.nn.saved import SavedModule
 
 VERSION = 2

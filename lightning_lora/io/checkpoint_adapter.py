@@ -30,12 +30,13 @@ from lightning_lora.io.integrity import check_finite
 from lightning_lora.io.kinds import SAVED, Part, Words, kind_of, row_for
 from lightning_lora.io.names import clean, inside, plain_modules
 from lightning_lora.io.resident import as_here, say_narrower
-from lightning_lora.model.apply import adapter_record, adapter_slots, apply_adapters, is_adapted
+from lightning_lora.model.apply import apply_adapters
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inner import inner_model
 from lightning_lora.model.methods import method_of
 from lightning_lora.model.plain import plain_view
 from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of, refuse_beside
+from lightning_lora.model.slots import adapter_record, adapter_slots, is_adapted
 from lightning_lora.model.targets import Targets
 from lightning_lora.nn.adapter import AdapterModule, Held
 

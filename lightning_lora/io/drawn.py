@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.io.integrity import tensor_digest
-from lightning_lora.model.apply import adapter_modules, adapter_record
+from lightning_lora.model.slots import adapter_modules, adapter_record
 
 
 def drawn_digests(model: nn.Module) -> dict[str, str]:

@@ -26,7 +26,7 @@ from lightning_lora.errors import AdapterMismatchError, UnsupportedError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.folder import CONFIG, PREFIX, WEIGHTS, check_target, package_version
 from lightning_lora.io.names import adapter_root, named_adapters, task_type
-from lightning_lora.model.apply import is_adapted
+from lightning_lora.model.slots import is_adapted
 from lightning_lora.nn.experts import LoRAExperts, is_transposed
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lowrank import Site

@@ -27,9 +27,9 @@ from lightning_lora.io.mapped_file import MappedFile
 from lightning_lora.io.peft_rules import Spec, check_types
 from lightning_lora.io.peft_types import PEFT_TYPES, PeftType, type_of
 from lightning_lora.io.rank_pattern import grown, grown_shape, pattern_masks, shrunk
-from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.fingerprint import fingerprint, same_base
 from lightning_lora.model.inner import inner_model
+from lightning_lora.model.slots import adapter_record
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_lora.json"
 #: Of `RECORD`; a folder without it is of the first or of PEFT's.

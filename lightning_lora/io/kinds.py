@@ -28,8 +28,8 @@ from lightning_lora.config import (
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.folder import PREFIX, SHARED
 from lightning_lora.io.names import adapter_root, clean, inside
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.lora_targets import named_parameters, named_tokens, other_kind
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adalora import AdaLoRALinear
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.attention import LoRAMultiheadAttention, attention_sites

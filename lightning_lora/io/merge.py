@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError, MergeError, UnsupportedError
 from lightning_lora.io.names import adapter_root, clean, parents, unwrap
 from lightning_lora.io.tied import untie_apart
-from lightning_lora.model.apply import adapter_modules, is_adapted, mark_merged
+from lightning_lora.model.apply import mark_merged
 from lightning_lora.model.plain import empty_linear
+from lightning_lora.model.slots import adapter_modules, is_adapted
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterModule, torch_dtype
 from lightning_lora.nn.parts import AdaptedParts

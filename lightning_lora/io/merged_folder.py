@@ -44,8 +44,8 @@ from lightning_lora.io.merge import (
     replaceable,
 )
 from lightning_lora.io.names import adapter_root, clean
-from lightning_lora.model.apply import adapter_record, is_adapted
 from lightning_lora.model.inner import is_hf_model
+from lightning_lora.model.slots import adapter_record, is_adapted
 from lightning_lora.nn.adapter import torch_dtype
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.rng import preserve_rng

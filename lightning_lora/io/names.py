@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name, inner_model, is_hf_model
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.quantized import PackedLinear
 

@@ -12,7 +12,7 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError
 from lightning_lora.io.names import adapter_root, named_adapters, plain_modules, task_type
 from lightning_lora.io.peft_rules import Scale, Spec, shortest_spec
 from lightning_lora.io.peft_types import Chosen, type_for
-from lightning_lora.model.apply import adapter_record
+from lightning_lora.model.slots import adapter_record
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.experts import LoRAExperts
 from lightning_lora.nn.linear import LoRALinear

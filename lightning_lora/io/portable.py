@@ -27,8 +27,8 @@ from lightning_lora.io.loader_rules import RANKS, missing_siblings
 from lightning_lora.io.loaders import LOADERS
 from lightning_lora.io.names import adapter_root, named_adapters, plain_modules, task_type
 from lightning_lora.io.peft_rules import Spec
-from lightning_lora.model.apply import adapter_record
 from lightning_lora.model.inner import inner_model
+from lightning_lora.model.slots import adapter_record
 from lightning_lora.model.targets import is_adaptable, matches
 from lightning_lora.nn.layers import linear_shape
 from lightning_lora.nn.linear import LoRALinear

@@ -16,10 +16,10 @@ from lightning_lora.io.conversion import config_for
 from lightning_lora.io.folder import AdapterFolder
 from lightning_lora.io.kinds import Words, kind_of
 from lightning_lora.io.names import clean, inside
-from lightning_lora.model.apply import adapter_modules, adapter_slots
 from lightning_lora.model.methods import method_of
 from lightning_lora.model.plain import plain_view
 from lightning_lora.model.residents import add_slots, check_name, keep_adapter, record_of, refuse_beside
+from lightning_lora.model.slots import adapter_modules, adapter_slots
 from lightning_lora.nn.adapter import AdapterModule, Held
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put adapters into a model, switch them off, scale them, and read and write what they trained."""
+"""Put adapters into a model, switch them off and scale them."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +17,21 @@ from torch import Tensor, nn
 from lightning_lora.bars import Bar, no_bar
 from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig
 from lightning_lora.errors import (
-    AdapterMismatchError,
     AlreadyAdaptedError,
     ConfigError,
     Notice,
     UnsupportedError,
 )
 from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.model.inner import clean_name, inner_model, names_of
+from lightning_lora.model.inner import inner_model, names_of
 from lightning_lora.model.methods import method_of
-from lightning_lora.nn.adapter import AdapterModule, freeze_statistics, torch_dtype
+from lightning_lora.model.slots import adapter_modules, adapter_slots, is_adapted
+from lightning_lora.nn.adapter import freeze_statistics, torch_dtype
 from lightning_lora.nn.adopted import adopt_linear, quantized_elsewhere
 from lightning_lora.nn.layers import is_conv1d, is_transparent
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 from lightning_lora.nn.saved import SavedModule
-from lightning_lora.nn.sharded import is_sharded, piece
+from lightning_lora.nn.sharded import is_sharded
 
 _MERGED = "_lightning_lora_merged"  # on a layer
 
@@ -192,64 +191,6 @@ def set_adapter_scale(model: nn.Module, lam: float) -> None:
         module.strength = float(lam)
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """The modules of ``model`` in which the adapter in use has a part, by name, in model order."""
-    return ((name, module) for name, module in adapter_slots(model) if not module.vacant)
-
-
-def adapter_slots(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """Every adapter module of ``model`` by name, in model order; those too in which only other adapters have a part."""
-    found: list[tuple[str, AdapterModule]] = []
-    _collect_slots(model, "", set(), found)
-    return iter(found)
-
-
-def adapter_slots_unnamed(model: nn.Module) -> list[AdapterModule]:
-    """The modules of `adapter_slots` without their names, which take longer to make than all the rest of a swap."""
-    return list(_slots(model))
-
-
-def first_slot(model: nn.Module) -> AdapterModule | None:
-    """Any one of them; None where there is none."""
-    return next(_slots(model), None)
-
-
-def _slots(model: nn.Module) -> Iterator[AdapterModule]:
-    seen: set[nn.Module] = {model}
-    waiting: list[nn.Module] = [model]
-    while waiting:
-        module = waiting.pop()
-        if isinstance(module, AdapterModule):
-            yield module
-            continue
-        for child in module._modules.values():
-            if child is not None and child._modules and child not in seen:
-                seen.add(child)
-                waiting.append(child)
-
-
-def _collect_slots(module: nn.Module, name: str, seen: set[nn.Module], found: list[tuple[str, AdapterModule]]) -> None:
-    """As ``named_modules``, but what lies inside an adapter module is left out: a large model is walked in a moment."""
-    seen.add(module)
-    if isinstance(module, AdapterModule):
-        found.append((name, module))
-        return
-    for own, child in module._modules.items():
-        if child is not None and child not in seen and (child._modules or isinstance(child, AdapterModule)):
-            _collect_slots(child, f"{name}.{own}" if name else own, seen, found)
-
-
-def adapter_record(model: nn.Module) -> AdapterRecord | None:
-    """What `apply_lora` recorded, or None for a model without adapters."""
-    slot = first_slot(model)
-    return None if slot is None else slot.record
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `apply_lora` has converted ``model`` or a part of it."""
-    return adapter_record(model) is not None
-
-
 def mark_merged(layer: nn.Module) -> None:
     """Note on a plain layer that an adapter was folded into it."""
     setattr(layer, _MERGED, True)
@@ -273,101 +214,6 @@ def refuse_merged(model: nn.Module) -> None:
             "learned would count twice under an adapter that is loaded or resumed. Start from a fresh base model; to "
             "train on top of the merged weights, save the merged model and load it"
         )
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of ``model.state_dict()`` that adapters and ``modules_to_save`` train, wrappers out of their names.
-
-    The tensors are the live ones, detached; the frozen base is never touched.
-    """
-    return {clean_name(name): tensor.detach() for name, tensor in _trained(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Copy ``state`` into the adapters of ``model``, in place.
-
-    Args:
-        model: A converted model.
-        state: As `adapter_state_dict` gives it. Nothing is copied unless everything fits.
-        strict: Whether keys that no adapter owns are an error too.
-
-    Raises:
-        AdapterMismatchError: A key is missing, unknown, of another shape or of another kind of values; other floats
-            are cast.
-    """
-    own = {clean_name(name): tensor for name, tensor in _trained(model).items()}
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own] if strict else []
-    if missing or unknown:
-        raise AdapterMismatchError(_key_problem(missing, unknown, own, state))
-    for name, tensor in own.items():
-        found = state[name]
-        if not isinstance(found, Tensor):
-            raise AdapterMismatchError(f"{name!r} is a {type(found).__name__} in the file and no tensor")
-        if tensor.shape != found.shape:
-            raise AdapterMismatchError(
-                f"{name!r} is {tuple(found.shape)} in the file and {tuple(tensor.shape)} in the model: "
-                "was the adapter trained with another rank or on another base?"
-            )
-        check_kind(name, tensor, found)
-    for restore in _restoring(model, state):
-        restore()
-    for name, tensor in own.items():
-        tensor.copy_(piece(state[name], tensor))
-    for record in {id(m.record): m.record for _, m in adapter_modules(model)}.values():
-        record.new_use()
-
-
-def _restoring(model: nn.Module, state: Mapping[str, Tensor]) -> list[Callable[[], None]]:
-    """What modules have to do before they get these values; all of them are asked before any does it."""
-    actions = []
-    for name, module in adapter_modules(model):
-        own = {key: f"{name}.{key}" if name else key for key in module.trained_names()}
-        actions.append(module.restoring({key: state[clean_name(full)] for key, full in own.items()}))
-    return [action for action in actions if action is not None]
-
-
-def check_kind(name: str, own: Tensor, found: Tensor) -> None:
-    """See that floats are loaded into floats and integers into integers.
-
-    Raises:
-        AdapterMismatchError: They are not.
-    """
-    if (own.is_floating_point(), own.is_complex()) != (found.is_floating_point(), found.is_complex()):
-        raise AdapterMismatchError(
-            f"{name!r} is of {found.dtype} in the file and of {own.dtype} in the model: values of another kind. "
-            "Save the adapter again, as floats"
-        )
-
-
-def trained_outside(model: nn.Module) -> list[str]:
-    """Names of trainable parameters that no adapter owns: training moves them and no checkpoint holds them."""
-    owned = set(map(id, _trained(model).values()))
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, module in adapter_modules(model):
-        tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        tensors |= dict(module.named_buffers(remove_duplicate=False))
-        tensors |= {clean_name(own): tensor for own, tensor in tensors.items()}  # inside wrappers of FSDP's
-        found.update({f"{name}.{own}" if name else own: tensors[own] for own in module.trained_names()})
-    return found
-
-
-def _key_problem(missing: list[str], unknown: list[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    text = "the adapter does not fit the model:"
-    if missing:
-        near = difflib.get_close_matches(missing[0], list(state), n=1, cutoff=0.6)
-        hint = f" (nearest in the file: {near[0]!r})" if near else ""
-        text += f" {len(missing)} of {len(own)} tensors are missing, {missing[0]!r} first{hint};"
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], list(own), n=1, cutoff=0.6)
-        hint = f" (nearest in the model: {near[0]!r})" if near else ""
-        text += f" {len(unknown)} tensors are unknown to the model, {unknown[0]!r} first{hint};"
-    return text + " use the `target_modules` and `modules_to_save` that it was trained with"
 
 
 def _refuse_converted(model: nn.Module) -> None:

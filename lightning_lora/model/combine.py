@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, scaling
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.residents import check_name, keep_adapter, known, parts_of, record_of
+from lightning_lora.model.slots import adapter_slots
 from lightning_lora.nn.adapter import Held
 from lightning_lora.nn.saved import SavedModule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 
 
 def adapter_depths(model: nn.Module) -> dict[str, float]:

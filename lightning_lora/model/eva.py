@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import evaluating
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.nn.residual import ResidualLoRALinear

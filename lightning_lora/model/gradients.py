@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import GradientError, Notice
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.sharded import whole, whole_shape
 
 PATIENCE = 5

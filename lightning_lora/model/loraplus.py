@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lora.config import LoRAConfig, check_ratio
 from lightning_lora.errors import ConfigError, OptimizerError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_record
+from lightning_lora.model.slots import adapter_modules, adapter_record
 from lightning_lora.nn.linear import LoRALinear
 
 #: In a group of factors B: what its rates were multiplied by. It travels with the optimizer's state.

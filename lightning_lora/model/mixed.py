@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_lora.config import scaling
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.model.apply import adapter_slots
 from lightning_lora.model.inner import hf_models
 from lightning_lora.model.residents import BASE, known, parts_of, record_of
+from lightning_lora.model.slots import adapter_slots
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.functional import add_lora
 from lightning_lora.nn.linear import LoRALinear

@@ -16,8 +16,9 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import Notice, OptimizerError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, trained_outside
 from lightning_lora.model.loraplus import check_same_ratio
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import trained_outside
 from lightning_lora.nn.sharded import is_sharded
 
 

@@ -23,15 +23,10 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterConfig, AdapterRecord, LoRAConfig, Waiting
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import (
-    adapter_modules,
-    adapter_slots,
-    adapter_slots_unnamed,
-    first_slot,
-    put_layers,
-)
+from lightning_lora.model.apply import put_layers
 from lightning_lora.model.lora_targets import other_kind
 from lightning_lora.model.methods import kind_name, linear_kind, stands_alone
+from lightning_lora.model.slots import adapter_modules, adapter_slots, adapter_slots_unnamed, first_slot
 from lightning_lora.nn.adapter import AdapterModule, Held
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.residual import alone

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules, is_adapted
+from lightning_lora.model.slots import adapter_modules, is_adapted
 from lightning_lora.model.unbuilt import refuse_unbuilt
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.linear import LoRALinear

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adapted import AdaptedLayer, AdaptedLinear
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lowrank import LowRankModule, Site

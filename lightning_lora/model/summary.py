@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adapter import AdapterModule
 from lightning_lora.nn.quantized import PackedWeight
 from lightning_lora.nn.sharded import whole_shape

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.unbuilt import refuse_unbuilt
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Use

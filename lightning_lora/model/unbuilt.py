@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adapter import Use
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.model.apply import is_adapted
 from lightning_lora.model.inner import hf_models
+from lightning_lora.model.slots import is_adapted
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.errors import BaseMismatchError
-from lightning_lora.model.apply import adapter_modules, adapter_record
 from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.inner import clean_name
+from lightning_lora.model.slots import adapter_modules, adapter_record
 from lightning_lora.nn.residual import START_A, START_B
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.ranks import gather

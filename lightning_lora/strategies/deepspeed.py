@@ -33,10 +33,11 @@ from lightning_lora.io.checkpoint import KEY, check_metadata, naming
 from lightning_lora.io.checkpoint_file import read_checkpoint, write_checkpoint
 from lightning_lora.io.distributed import check_files, file_digests
 from lightning_lora.io.zero_files import check_pickles
-from lightning_lora.model.apply import adapter_record, adapter_state_dict
 from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.sharding import is_sharded_model
+from lightning_lora.model.slots import adapter_record
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.nn.sharded import whole
 from lightning_lora.strategies.ddp import compare_ranks, frozen_base
 from lightning_lora.strategies.sharded import ShardedStateMixin

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import check_plan, plan_blocks, without_units
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.model.unbuilt import refuse_unbuilt
 from lightning_lora.nn.adapter import Use
 from lightning_lora.nn.linear import LoRALinear

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from lightning_lora.errors import UnsupportedError, WriteError
 from lightning_lora.io.atomic import atomic_folder
 from lightning_lora.io.distributed import write_distributed
-from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.optimizers import fitting_state
 from lightning_lora.model.sharding import gathered, is_sharded_model
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.nn.sharded import is_sharded, piece, whole
 from lightning_lora.ranks import together
 from lightning_lora.strategies.state import AdapterStateMixin

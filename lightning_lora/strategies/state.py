@@ -29,9 +29,11 @@ from lightning_lora.io.checkpoint_file import Pending, unmapped
 from lightning_lora.io.distributed import is_distributed, read_distributed
 from lightning_lora.io.progress import Place, lost_places, rewind, settle
 from lightning_lora.io.resumable import resumable
-from lightning_lora.model.apply import adapter_state_dict, is_adapted, refuse_merged
+from lightning_lora.model.apply import refuse_merged
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.optimizers import fitting_state, held_by
+from lightning_lora.model.slots import is_adapted
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.ranks import gather, together
 from lightning_lora.rng import RNGState
 from lightning_lora.strategies.checkpoint_io import AtomicCheckpointIO, OrderedAsyncCheckpointIO

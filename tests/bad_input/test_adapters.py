@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_to_disk, save_adapter
 from lightning_lora.io.folder import CONFIG, FORMAT, PREFIX, RECORD, WEIGHTS
 from lightning_lora.io.integrity import digests, first_not_finite
-from lightning_lora.model.apply import adapter_state_dict, is_adapted
+from lightning_lora.model.slots import is_adapted
+from lightning_lora.model.state import adapter_state_dict
 from tests.bad_input.row import Row, forked, raised, without_rights
 from tests.helpers import TinyNet, random_adapters
 

@@ -17,7 +17,8 @@ import torch
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_lora.callbacks.lora import LoRA
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.nn.sharded import whole
 from lightning_lora.strategies.model_parallel import AdapterModelParallelStrategy
 from tests.callbacks.test_forgetting_remedies import Worsens

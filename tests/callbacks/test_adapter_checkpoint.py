@@ -18,7 +18,7 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapt
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.errors import CheckpointError, ConfigError, Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import adapter_state_dict
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 
 #: The quantity that ranks checkpoints, by step: steps 2 and 5 are the best.

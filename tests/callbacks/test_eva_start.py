@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from lightning_lora import LoRA, ReplayMix
 from lightning_lora.callbacks.first_batches import FirstBatches
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer
 

@@ -19,7 +19,8 @@ from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import Notice, UnsupportedError
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from tests.forgetting import tiny
 
 

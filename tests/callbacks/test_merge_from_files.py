@@ -17,7 +17,8 @@ from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError
 from lightning_lora.io.merge_disk import DiskMergeReport
-from lightning_lora.model.apply import adapter_modules, set_adapter_scale
+from lightning_lora.model.apply import set_adapter_scale
+from lightning_lora.model.slots import adapter_modules
 from tests.callbacks.test_merge_on_fit_end import error, logits
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 

@@ -21,7 +21,9 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.callbacks.lora import LoRA
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError, MergeError, Notice
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict, set_adapter_scale
+from lightning_lora.model.apply import set_adapter_scale
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, TinyNet, Tokens, loader, make_trainer, tiny_gpt2, tiny_llama
 
 IDS = Tokens(4).data

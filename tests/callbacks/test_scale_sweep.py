@@ -32,7 +32,8 @@ from lightning_lora.forgetting.sweep import Sweep
 from lightning_lora.forgetting.tasks import load_tasks
 from lightning_lora.io.adapter import load_adapter
 from lightning_lora.io.checkpoint import load_from_checkpoint
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.strategies.ddp import AdapterDDPStrategy
 from tests.e2e.matrix import launch
 from tests.forgetting import tiny

@@ -23,7 +23,7 @@ from lightning_lora.callbacks.adapting import AdapterCallback
 from lightning_lora.cli.fit_cli import FitCLI
 from lightning_lora.cli.main import main
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from small_base.data import MODEL_DIR
 from tests.cli.test_commands import run

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora.cli.main import main
 from lightning_lora.io.adapter import load_adapter
-from lightning_lora.model.apply import adapter_modules, set_adapter_scale
+from lightning_lora.model.apply import set_adapter_scale
+from lightning_lora.model.slots import adapter_modules
 from tests.cli.small import BASE, tasks, write_adapter
 
 IDS = torch.arange(24).reshape(2, 12) + 40

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from demo.shakespeare import Shakespeare
 from lightning_lora.io.checkpoint import load_from_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from small_base.data import load_model
 

@@ -21,7 +21,7 @@ from lightning_lora.forgetting.report import Report, TaskReport, compare
 from lightning_lora.forgetting.scoring import ItemScore, Scorer
 from lightning_lora.forgetting.sizes import Sizes
 from lightning_lora.forgetting.tasks import LoadedTask, load_tasks
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from tests.forgetting import tiny
 
 

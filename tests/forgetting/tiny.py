@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.slots import adapter_modules
 
 WORDS = """the a cat dog bird sun moon river stone house old new red blue runs sleeps sings falls of and in""".split()  # noqa: SIM905 - readable as it is
 

@@ -27,13 +27,9 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.io.peft_config import peft_config
-from lightning_lora.model.apply import (
-    adapter_modules,
-    adapter_record,
-    adapter_state_dict,
-    apply_lora,
-    set_adapter_scale,
-)
+from lightning_lora.model.apply import apply_lora, set_adapter_scale
+from lightning_lora.model.slots import adapter_modules, adapter_record
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama
 

@@ -34,7 +34,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.checkpoint import KEY, VERSION, load_state, metadata
 from lightning_lora.io.checkpoint_file import write_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_llama
 
 LIGHTNING_KEYS = {"epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops"}

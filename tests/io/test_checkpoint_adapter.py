@@ -16,7 +16,8 @@ from lightning_lora import LoRA, list_adapters, set_adapter, set_adapter_scale
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
-from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 61

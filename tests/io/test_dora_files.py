@@ -31,7 +31,7 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapt
 from lightning_lora.errors import AdapterMismatchError, UnsupportedError
 from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra
 from lightning_lora.nn.dora import MAGNITUDE
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama

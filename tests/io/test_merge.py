@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, MergeError
 from lightning_lora.io.merge import merge_adapters, merged_tensors
-from lightning_lora.model.apply import apply_lora, is_adapted, set_adapter_scale
+from lightning_lora.model.apply import apply_lora, set_adapter_scale
+from lightning_lora.model.slots import is_adapted
 from lightning_lora.nn.layers import is_conv1d
 from tests.helpers import LM, TinyNet, named_tensors, random_adapters, tiny_gpt2, tiny_llama
 

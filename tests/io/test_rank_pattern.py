@@ -15,7 +15,7 @@ from lightning_lora import AdaLoRAConfig, VeRAConfig, apply_adapters, load_adapt
 from lightning_lora.cli.main import main
 from lightning_lora.errors import CheckpointError
 from lightning_lora.io.adapter_facts import adapter_facts
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import random_adapters, tiny_llama
 from tests.io.merging import edit
 

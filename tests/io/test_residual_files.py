@@ -33,8 +33,8 @@ from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.errors import AdapterMismatchError, ConfigError, UnsupportedError
 from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint, write_checkpoint
-from lightning_lora.model.apply import adapter_modules, adapter_record
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.slots import adapter_modules, adapter_record
 from lightning_lora.model.spectrum import adapter_spectra, base_norms
 from lightning_lora.strategies.zero_options import refuse_adapters
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_gpt2, tiny_llama

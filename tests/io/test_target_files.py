@@ -36,7 +36,7 @@ from lightning_lora import (
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, TargetError, UnsupportedError
 from lightning_lora.io.checkpoint_file import read_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra, base_norms
 from lightning_lora.strategies.zero_options import refuse_adapters
 from small_base.data import MODEL_DIR, load_tokenizer

@@ -15,8 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_lora import AdapterDDPStrategy, AdapterFSDPStrategy, parallelize_adapted
-from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 from tests.methods.table import ROWS, Row
 from tests.strategies.sharded_runs import caught

@@ -22,8 +22,9 @@ from lightning_lora import (
     parallelize_adapted,
 )
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 from tests.strategies.sharded_runs import caught
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_lora import AdapterDDPStrategy, AdapterFSDPStrategy, LoRA, parallelize_adapted
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
-from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer
 from tests.model.kinds import CASES
 from tests.strategies.sharded_runs import caught

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdaLoRA, load_adapter, save_adapter
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.adalora import AdaLoRALinear
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 

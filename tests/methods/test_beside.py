@@ -40,7 +40,7 @@ from lightning_lora.config import AdapterConfig, config_from_dict
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.unbuilt import refuse_unbuilt
 from tests.cli.tiny import Tiny, TinyData
 from tests.forgetting import tiny

@@ -34,7 +34,7 @@ from lightning_lora.config import AdapterConfig, config_from_dict
 from lightning_lora.errors import AdapterMismatchError, UnsupportedError
 from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import KEY, read_checkpoint
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra
 from lightning_lora.nn.adapted import AdaptedLayer
 from tests.forgetting import tiny

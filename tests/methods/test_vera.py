@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora import VeRA, VeRAConfig, apply_adapters, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.errors import AdapterMismatchError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import LM, loader, make_trainer, random_adapters, tiny_llama
 from tests.io.merging import edit, logits
 

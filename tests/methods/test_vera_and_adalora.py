@@ -36,8 +36,9 @@ from lightning_lora import (
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.errors import AdapterMismatchError, ConfigError, UnsupportedError
 from lightning_lora.io.adapter_facts import adapter_facts
-from lightning_lora.model.apply import adapter_modules, apply_adapters
+from lightning_lora.model.apply import apply_adapters
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.strategies.zero_options import refuse_adapters
 from tests.cli.tiny import Tiny, TinyData
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama

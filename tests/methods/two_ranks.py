@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_lora import AdaLoRA, AdapterDDPStrategy, AdapterFSDPStrategy, VeRA, parallelize_adapted
 from lightning_lora.callbacks.adapting import AdapterCallback
-from lightning_lora.model.apply import adapter_state_dict
 from lightning_lora.model.sharding import shard_model
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import LM, loader, make_trainer, tiny_llama
 from tests.strategies.sharded_runs import caught
 

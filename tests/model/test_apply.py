@@ -16,16 +16,9 @@ from torch.distributed.tensor import distribute_module
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AlreadyAdaptedError, ConfigError, UnsupportedError
-from lightning_lora.model.apply import (
-    adapter_modules,
-    adapter_record,
-    adapter_state_dict,
-    apply_lora,
-    disable_adapters,
-    is_adapted,
-    load_adapter_state,
-    set_adapter_scale,
-)
+from lightning_lora.model.apply import apply_lora, disable_adapters, set_adapter_scale
+from lightning_lora.model.slots import adapter_modules, adapter_record, is_adapted
+from lightning_lora.model.state import adapter_state_dict, load_adapter_state
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from lightning_lora.nn.saved import SavedModule

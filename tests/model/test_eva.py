@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.eva import Seen, eva_start
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import random_adapters, tiny_llama
 from tests.model.nets import Normed
 

@@ -25,7 +25,7 @@ from lightning_lora import (
     use_adapter,
 )
 from lightning_lora.errors import ConfigError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import TinyNet, random_adapters, tiny_gpt2, tiny_llama
 from tests.model.nets import tiny_bert

@@ -22,7 +22,8 @@ from lightning_lora import (
     use_adapter,
 )
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules, adapter_record, load_adapter_state
+from lightning_lora.model.slots import adapter_modules, adapter_record
+from lightning_lora.model.state import load_adapter_state
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import LM, TinyNet, loader, make_trainer, tiny_llama
 from tests.model.many import ADAPTERS, IDS, adapter_folder, logits

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lightning_lora import LoRAConfig, apply_lora, set_adapter_scale
 from lightning_lora.errors import AdapterMismatchError
-from lightning_lora.model.apply import adapter_modules
 from lightning_lora.model.diagnosis import Diagnosis, grid
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.spectrum import Spectrum, adapter_spectra, base_norms, gradient_norms, singular_values
 from tests.helpers import random_adapters, tiny_gpt2, tiny_llama
 

@@ -22,7 +22,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama
 from tests.model.nets import Normed
 

@@ -23,7 +23,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, ConfigError, TargetError, UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.bottleneck import BottleneckSublayer
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
 from tests.model.nets import tiny_bert

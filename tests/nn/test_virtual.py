@@ -23,7 +23,7 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.forgetting.forward import ModelForward
 from lightning_lora.forgetting.trees import plant, sees
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.virtual import VirtualTokens
 from tests.forgetting.tiny import tokenizer
 from tests.helpers import tiny_gpt2, tiny_llama

@@ -16,7 +16,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.io.adapter import load_adapter, save_adapter
 from lightning_lora.io.merge_disk import merge_to_disk
 from lightning_lora.io.merged_folder import write_merged
-from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from tests.helpers import random_adapters
 from tests.parity.architectures import ARCHITECTURES, Architecture

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import BaseMismatchError, CheckpointError
 from lightning_lora.io.adapter import load_adapter, save_adapter
-from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.apply import apply_lora
 from lightning_lora.model.residents import set_adapter
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 from tests.helpers import LM, TinyNet, random_adapters, tiny_gpt2, tiny_llama

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.functional import keep_probability
 from tests.helpers import random_adapters, tiny_llama
 from tests.nn.layers import make_base, make_layer, relative

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.apply import adapter_modules, apply_lora
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.slots import adapter_modules
 from tests.helpers import random_adapters, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 64

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdaLoRAConfig, AdapterConfig, VeRAConfig
 from lightning_lora.io.adapter import load_adapter, save_adapter
-from lightning_lora.model.apply import adapter_modules, adapter_state_dict, apply_adapters
+from lightning_lora.model.apply import apply_adapters
+from lightning_lora.model.slots import adapter_modules
+from lightning_lora.model.state import adapter_state_dict
 from tests.helpers import random_adapters, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(32).view(2, 16) % 64

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lightning_lora
 from lightning_lora import apply_adapters, load_adapter, save_adapter
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.model.apply import adapter_modules
+from lightning_lora.model.slots import adapter_modules
 from lightning_lora.nn.virtual import VirtualTokens
 from tests.helpers import tiny_gpt2, tiny_llama
 

@@ -13,7 +13,8 @@ import pytest
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.io.adapter import save_adapter
-from lightning_lora.model.apply import adapter_state_dict, apply_lora
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.state import adapter_state_dict
 from lightning_lora.reporting.page import render
 from lightning_lora.reporting.reading import parts_of, read_run
 from lightning_lora.reporting.words import verdict_in_words
