@@ -27,6 +27,7 @@ class Row:
         peft: Whether PEFT has it; else there is no folder and it is refused by name.
         own_folder: Whether we write a folder for it although PEFT has no such method.
         low_rank: Whether its updates are of low rank, so that spectra say something.
+        kin: Whether another row goes through the same code: its laws are among the slow tests.
         packed: Whether it goes with a packed base; else that is refused by name.
     """
 
@@ -42,6 +43,7 @@ class Row:
     own_folder: bool = False
     packed: bool = True
     low_rank: bool = True
+    kin: bool = False
 
     def make(self, **settings: Any) -> AdapterCallback:
         """The callback."""
@@ -58,12 +60,12 @@ class Row:
 
 ROWS = (
     Row("lora", "LoRA", {"r": 4}),
-    Row("rslora", "LoRA", {"r": 4, "use_rslora": True}),
-    Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}),
+    Row("rslora", "LoRA", {"r": 4, "use_rslora": True}, kin=True),
+    Row("lora+", "LoRA", {"r": 4, "loraplus_lr_ratio": 4.0}, kin=True),
     Row("lora-fa", "LoRA", {"r": 4, "freeze_lora_A": True}),
     Row("eva", "LoRA", {"r": 4, "init_lora_weights": "eva", "eva_batches": 2}),
     Row("pissa", "LoRA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, exact=False),
-    Row("olora", "LoRA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"}, exact=False),
+    Row("olora", "LoRA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"}, exact=False, kin=True),
     Row(  # what its packed base and its start leave out of the base is there in all that it computes
         "loftq",
         "LoRA",
@@ -77,7 +79,7 @@ ROWS = (
     Row("ia3", "IA3", learns_at=5e-2, low_rank=False),
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
-    Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2),
+    Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2, kin=True),
     Row("prompt", "PromptTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
     Row("prefix", "PrefixTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
     Row(

@@ -43,7 +43,9 @@ from tests.methods.table import ROWS, Row
 
 IDS = torch.arange(24).view(2, 12) % 61
 
-every_method = pytest.mark.parametrize("row", ROWS, ids=str)
+every_method = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.slow] if row.kin else [], id=row.name) for row in ROWS]
+)
 
 
 class Net(LM):
