@@ -6,11 +6,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgetting_report import drop, spread
 
 from lightning_lora.reporting import plot_learning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LABEL = "loss on Shakespeare [nats/token]"
 
 
 def report(out: Path, methods: dict[str, Any], seeds: Sequence[int]) -> int:
@@ -34,20 +39,41 @@ def report(out: Path, methods: dict[str, Any], seeds: Sequence[int]) -> int:
         f"{name}, {best_rate(runs, name, seeds[0]):g}": [(r["loss"], -100 * drop(base, r)[0]) for r in of.values()]
         for name, of in found.items()
     }
-    rates = {
-        name: sorted((r["loss"], -100 * drop(base, r)[0]) for _, r in _tried(runs, name, seeds[0]))
-        for name in found
-        if len(_tried(runs, name, seeds[0])) > 1
+    figure, _ = plot_learning(points, base=base["loss"], learned_label=LABEL)
+    figure.savefig(out / "methods.png", dpi=120)
+    tried = {
+        name: [(rate, r["loss"], -100 * drop(base, r)[0]) for rate, r in _tried(runs, name, seeds[0])] for name in found
     }
-    label = "loss on Shakespeare [nats/token]"
-    for file, curves in (("methods.png", None), ("methods_rates.png", rates)):
-        figure, _ = plot_learning(points, curves, base=base["loss"], learned_label=label)
-        figure.savefig(out / file, dpi=120)
-        print(f"\nplot: {out / file}")
+    _draw_rates(tried).savefig(out / "methods_rates.png", dpi=120)
+    print(f"\nplots: {out / 'methods.png'}, {out / 'methods_rates.png'}")
     missing = [name for name in methods if len(found.get(name, {})) < len(seeds)]
     if missing:
         print(f"\nruns are missing: {', '.join(missing)}")
     return 1 if missing else 0
+
+
+def _draw_rates(tried: dict[str, list[tuple[float, float, float]]]) -> Figure:
+    """A panel a method: (rate, loss, points) from the lowest rate to the highest, before those of all others."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(tried))
+    rows = -(-len(tried) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    every = [point for points in tried.values() for point in points]
+    for panel, (name, points) in zip(panels.flat, tried.items(), strict=False):
+        panel.plot([loss for _, loss, _ in every], [y for _, _, y in every], "o", color="0.85", markersize=3)
+        panel.plot([loss for _, loss, _ in points], [y for _, _, y in points], "o-", color="tab:blue", markersize=4)
+        for rate, loss, y in points:
+            panel.annotate(f"{rate:g}", (loss, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        panel.margins(0.12)
+        panel.set_title(name, fontsize=9)
+    for panel in panels.flat[len(tried) :]:
+        panel.set_axis_off()
+    panels.flat[0].invert_xaxis()  # shared by all
+    figure.supxlabel(f"{LABEL}, falling to the right", fontsize=9)
+    figure.supylabel("accuracy on general tasks vs base [points]", fontsize=9)
+    return figure
 
 
 def best_rate(runs: Path, name: str, seed: int) -> float:

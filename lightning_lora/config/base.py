@@ -45,6 +45,8 @@ class AdapterConfig:
     method: ClassVar[str] = "lora"
     #: What it is called in texts.
     title: ClassVar[str] = "LoRA"
+    #: Whether the base's own weights can be changed to compute the same.
+    mergeable: ClassVar[bool] = True
     #: Fields that say how stored tensors are used, and that neither their shapes nor a scale in a file show.
     use_fields: ClassVar[tuple[str, ...]] = ()
     target_modules: str | list[str] = "all-linear"

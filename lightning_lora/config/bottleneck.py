@@ -42,6 +42,7 @@ class BottleneckConfig(AdapterConfig):
 
     method: ClassVar[str] = "bottleneck"
     title: ClassVar[str] = "Bottleneck"
+    mergeable: ClassVar[bool] = False
     use_fields: ClassVar[tuple[str, ...]] = ("mode", "non_linearity", "scaling")
 
     placement: Placement = "pfeiffer"

@@ -32,6 +32,7 @@ class PrefixTuningConfig(AdapterConfig):
 
     method: ClassVar[str] = "prefix_tuning"
     title: ClassVar[str] = "prefix tuning"
+    mergeable: ClassVar[bool] = False
     free_fields: ClassVar[tuple[str, ...]] = ("compute_dtype", "init_weights")
 
     num_virtual_tokens: int = 20

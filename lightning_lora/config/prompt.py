@@ -36,6 +36,7 @@ class PromptTuningConfig(AdapterConfig):
 
     method: ClassVar[str] = "prompt_tuning"
     title: ClassVar[str] = "prompt tuning"
+    mergeable: ClassVar[bool] = False
     free_fields: ClassVar[tuple[str, ...]] = (
         *("compute_dtype", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
     )

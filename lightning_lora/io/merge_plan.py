@@ -63,10 +63,10 @@ class MergePlan:
         self.base, self.adapter, self.factors, self.config = base, adapter, factors, config
         self.changes: dict[str, Change] = {}  # by key of the merged model
         if adapter.kind.config is not LoRAConfig:
-            raise UnsupportedError(
-                f"{adapter.path}: {adapter.kind.config.title} is not merged on disk: load it over the base and merge "
-                "in memory with `merge_adapters`, or use `MergeOnFitEnd`"
-            )
+            way = "load it over the base and merge in memory with `merge_adapters`, or use `MergeOnFitEnd`"
+            if not adapter.kind.config.mergeable:
+                way = "it has no merged form; keep it apart from the base, and load both"
+            raise UnsupportedError(f"{adapter.path}: {adapter.kind.config.title} is not merged on disk: {way}")
         _refuse_other_targets(adapter, factors)
         self.kind = linear_row(bool(adapter.config.get("use_dora")))  # of what is folded in
         self.untied = False

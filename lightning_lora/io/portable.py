@@ -162,9 +162,10 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
         )
     other = next((name for name, module in adapters.items() if "portable" not in module.built_for), None)
     if other is not None:
+        merge = "" if adapters[other].unmergeable else "merge the model (`merge_adapters`), or "
         raise UnsupportedError(
-            f"{other!r} is {adapters[other].title}, which is no low-rank update: merge the model (`merge_adapters`), "
-            'or write layout="peft" for PEFT alone'
+            f"{other!r} is {adapters[other].title}, which is no low-rank update: {merge}write "
+            'layout="peft" for PEFT alone'
         )
     linears = {name: module for name, module in adapters.items() if isinstance(module, LoRALinear)}
     tied = _tied_to_an_embedding(adapter_root(model)[1], linears)
