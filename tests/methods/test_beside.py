@@ -215,7 +215,7 @@ def test_what_is_not_built_is_refused_by_name(name: str, tmp_path: Path) -> None
     with pytest.raises(UnsupportedError):
         add_weighted_adapter(model, ["default"], [1.0], "sum")
     if case.files:
-        way = "update: merge the model" if case.merges else "update: write layout="
+        way = ": merge the model" if case.merges else "update: write layout="
         with pytest.raises(UnsupportedError, match=way):
             save_adapter(model, tmp_path / "p", layout="portable")
         save_adapter(model, tmp_path / "a")
