@@ -28,6 +28,7 @@ from lightning_lora.model.apply import ApplyReport, apply_adapters, merged_layer
 from lightning_lora.model.gradients import GradientCheck, check_loss
 from lightning_lora.model.optimizers import Succession, check_optimizers, check_trained, held_by, repair_optimizers
 from lightning_lora.model.slots import adapter_modules, adapter_record
+from lightning_lora.nn.adapted import AdaptedLinear
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.strategies.registry import attach
 from lightning_lora.strategies.sharded import ShardedStateMixin
@@ -188,7 +189,9 @@ class AdapterCallback(Callback):
         self._succession.converted(pl_module)
         if self.init_from is not None:
             load_adapter(pl_module, self.init_from)
-        rank_zero_info(_summary(self.config.title, self.report))
+        adapted = [module for _, module in adapter_modules(pl_module) if not isinstance(module, SavedModule)]
+        linear = bool(adapted) and all(isinstance(module, AdaptedLinear) for module in adapted)
+        rank_zero_info(_summary(self.config.title, "linear" if linear else "module", self.report))
 
 
 def _own(trainer: pl.Trainer) -> AdapterStateMixin | None:
@@ -264,10 +267,10 @@ def _rank_zero_notices(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
-def _summary(title: str, report: ApplyReport) -> str:
+def _summary(title: str, what: str, report: ApplyReport) -> str:
     share = 100 * report.trainable_params / max(report.logical_params, 1)
     text = (
-        f"{title}: {len(report.adapted)} {'linears' if title == 'LoRA' else 'modules'} adapted, "
+        f"{title}: {len(report.adapted)} {what}{'s' * (len(report.adapted) != 1)} adapted, "
         f"{report.trainable_params:,} trainable parameters ({share:.2f} % of {report.logical_params:,})"
     )
     if report.saved:

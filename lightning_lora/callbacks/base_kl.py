@@ -88,8 +88,8 @@ class BaseKL(Callback):
 
         @functools.wraps(step)  # Lightning reads the step's signature through it
         def held(*args: Any, **kwargs: Any) -> Any:
-            if self.weight == 0 or trainer.global_step % self.every_n_steps:
-                return step(*args, **kwargs)
+            if not trainer.training or self.weight == 0 or trainer.global_step % self.every_n_steps:
+                return step(*args, **kwargs)  # not training: a `validation_step` that calls this one
             with _listening(model) as calls:
                 output = step(*args, **kwargs)
             return output if output is None else self._add(output, pl_module, model, calls)

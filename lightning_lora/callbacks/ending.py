@@ -8,7 +8,7 @@ import os
 import warnings
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint, adapter_path
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError, Notice, UnsupportedError
+from lightning_lora.forgetting.scales import check_divisible
 from lightning_lora.forgetting.schedule import RunLength
 from lightning_lora.ranks import notice
 
@@ -69,19 +70,23 @@ def check_alone(monitor: Callback, trainer: Trainer) -> None:
         )
 
 
-def check_remedy(on_forgetting: str, trainer: Trainer) -> None:
+def check_remedy(on_forgetting: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """See that nothing undoes at the end of the run what an alarm does to the adapters, or passes it by in silence.
 
     Args:
         on_forgetting: What an alarm does.
         trainer: As ``fit`` starts.
+        pl_module: What is trained.
 
     Raises:
-        UnsupportedError: The strategy cannot roll back, or a callback puts other weights in place when training ends.
+        UnsupportedError: The strategy cannot roll back, the method has no scale, or a callback puts other weights in
+            place when training ends.
     """
     if on_forgetting not in ("rollback", "scale"):
         return
     strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
+    if on_forgetting == "scale":
+        check_divisible(pl_module, '`on_forgetting="scale"`', 'Use "rollback", "stop" or "warn"')
     if on_forgetting == "rollback" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise UnsupportedError(
             f'`on_forgetting="rollback"` is not built under {type(strategy).__name__}, which keeps its own copies '

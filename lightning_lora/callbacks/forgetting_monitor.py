@@ -284,7 +284,7 @@ class ForgettingMonitor(Callback):
             )
         check_alone(self, trainer)
         name_tokenizer(self.tokenizer, pl_module)  # what is wrong without a look at the hub is said before tasks load
-        check_remedy(self.on_forgetting, trainer)
+        check_remedy(self.on_forgetting, trainer, pl_module)
         if self._loaded is None:
             every = [*self.tasks, *self.target_tasks]
             rank_zero_info(f"ForgettingMonitor loads {len(every)} task(s): {', '.join(map(task_label, every))}")

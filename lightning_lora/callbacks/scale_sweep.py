@@ -24,7 +24,7 @@ from lightning_lora.callbacks.place import run_folder
 from lightning_lora.errors import ConfigError, Notice, WriteError
 from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels, check_metric
 from lightning_lora.forgetting.remedies import holds
-from lightning_lora.forgetting.scales import SHAPES, at_scale, multiply_scale
+from lightning_lora.forgetting.scales import SHAPES, at_scale, check_divisible, multiply_scale
 from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
 from lightning_lora.io.atomic import atomic_write
 from lightning_lora.ranks import from_rank_zero, gather, notice, together
@@ -139,6 +139,7 @@ class ScaleSweep(Callback):
                 f"ScaleSweep takes the target metric `{self.monitor}` from validation, and this run has none: give the "
                 f"module a `validation_step` and the Trainer validation data, and leave `limit_val_batches` above 0."
             )
+        check_divisible(pl_module, "ScaleSweep", 'Use `ForgettingMonitor(on_forgetting="rollback")`')
         self._check_company(trainer)
         for monitor in monitors_of(trainer):
             monitor.expect_sweep(len(self.scales) if self._own is None else 0)

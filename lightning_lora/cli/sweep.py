@@ -44,7 +44,7 @@ def add_arguments(parser: Any) -> None:
 def run(plot: str | None, write: str | None, quiet: bool, json: bool, **arguments: Any) -> bool:
     """Print the curve, write what is asked for; whether the model holds at no scale above 0."""
     with output.work(json or quiet):
-        module, found, learning = sweep(quiet=quiet or json, **arguments)
+        module, found, learning = sweep(quiet=quiet or json, writes=write is not None, **arguments)
         kept = found.chosen
         if plot is not None:
             draw(found, plot)
@@ -74,6 +74,7 @@ def sweep(
     max_length: int | None,
     batch_size: int,
     quiet: bool,
+    writes: bool = False,
     **arguments: Any,
 ) -> tuple[Any, Any, dict[str, dict[str, float]]]:
     """The module, the `Sweep`, and at each scale the accuracies of the target tasks.
@@ -82,6 +83,7 @@ def sweep(
         ConfigError: A value out of range, neither data nor target tasks, or a whole model in place of an adapter.
         TaskError, DataError: Tasks or data cannot be read.
         CheckpointError, AdapterMismatchError, BaseMismatchError: Base and adapter cannot be read, or do not fit.
+        UnsupportedError: Of this method there is no part, or, where it is to be written, no folder.
     """
     from lightning_lora.bars import no_bar, terminal_bar
     from lightning_lora.cli.models import is_whole_model, read_models
@@ -89,8 +91,9 @@ def sweep(
     from lightning_lora.forgetting.arguments import check_choice, check_counts, check_levels
     from lightning_lora.forgetting.monitor import Monitor
     from lightning_lora.forgetting.remedies import holds
-    from lightning_lora.forgetting.scales import SHAPES, at_scale, compare_tasks
+    from lightning_lora.forgetting.scales import SHAPES, at_scale, check_divisible, compare_tasks
     from lightning_lora.forgetting.sweep import ScalePoint, Sweep, check_scales, choose_scale
+    from lightning_lora.io.peft_config import peft_config
 
     tolerance, seed = arguments.pop("tolerance"), arguments.pop("seed")
     check_levels(tolerance, 0.05)
@@ -107,6 +110,9 @@ def sweep(
     options = asking.scoring_options(arguments)
     models = read_models(base, adapter, **{k: arguments[k] for k in ("dtype", "quantize", "device")}, bar=bar)
     module, scorer = models.tuned, models.scorer(bar=bar, **options)
+    check_divisible(module, "`sweep`", "`lightning-lora eval` says what it costs")
+    if writes:
+        peft_config(module)  # refuses now, and not after all scales, what no folder can hold
     loss = None if data is None else Loss.of(module, data, max_length, batch_size)
     monitor = Monitor(loaded, seed=seed, tolerance=tolerance, targets=targets)
     asked = (monitor.pairs, monitor.bank.sample(limit))

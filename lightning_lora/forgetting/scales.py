@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.forgetting.paired import PairedScores
 from lightning_lora.forgetting.report import TaskReport, compare, compare_pooled
 from lightning_lora.forgetting.scoring import Scorer
@@ -24,6 +24,25 @@ from lightning_lora.model.depth import adapter_depths
 from lightning_lora.model.slots import adapter_modules
 
 SHAPES = ("uniform", "linear")
+
+
+def check_divisible(model: nn.Module, what: str, instead: str) -> None:
+    """See that less of the adapters than all is something that they can be.
+
+    Args:
+        model: a model with adapters.
+        what: who wants to try it.
+        instead: what to use.
+
+    Raises:
+        UnsupportedError: An adapter of the model is there or not.
+    """
+    for _, module in adapter_modules(model):
+        if module.indivisible:
+            raise UnsupportedError(
+                f"{what} keeps a part of what was trained, and of {module.title} there is none: "
+                f"{module.indivisible}. {instead}"
+            )
 
 
 def multiply_scale(model: nn.Module, lam: float, shape: str = "uniform") -> None:

@@ -28,6 +28,13 @@ _OWN = re.compile(
     r"(^|\.)((lora|ia3|vera)_|bottleneck\.|token_adapter\.|ln_tuning_layers\.)|^prompt_embeddings$|base_model\.vera_"
 )
 
+#: In the name of a low-rank module: the output projection of torch's attention, which is adapted as a whole.
+_OUT = ":out_proj"
+#: How keys of A and B end, and what stands there in the module's name; in folders, checkpoints, and of starts in these.
+_FOLDER = {".base_layer.out_proj.lora_{}.weight": _OUT, ".lora_{}.weight": "", ".lora_embedding_{}": ""}
+_CHECKPOINT = {".adapter.out_proj_lora_{}": _OUT, ".adapter.lora_{}": ""}
+_STARTS = {".adapter.start_{}": ""}
+
 
 @dataclass(frozen=True)
 class AdapterFacts:
@@ -69,9 +76,10 @@ def adapter_facts(path: str | os.PathLike[str], base: str | os.PathLike[str] | N
     if place.is_file() or is_distributed(place):
         return _of_checkpoint(place, base)
     folder = AdapterFolder.open(place)
-    tensors = folder.checked_tensors()
-    pairs, rest = _pairs({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}, ".lora_{}.weight")
-    scales = {name: folder.scale(name) for name in pairs}
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in folder.checked_tensors().items()}
+    pairs, rest = _pairs(tensors, _FOLDER)
+    pairs = _products(pairs, folder.config.get("target_parameters"))
+    scales = {name: folder.scale(_adapted(name)) * _times(name) for name in pairs}
     return AdapterFacts(
         False,
         {**(folder.record.get("config") or {}), **folder.config},
@@ -93,18 +101,20 @@ def _of_checkpoint(path: Path, base: str | os.PathLike[str] | None) -> AdapterFa
     config, strength = config_from_dict(entry["config"]), entry.get("strength") or {}
     state = {clean(key): tensor for key, tensor in checkpoint["state_dict"].items() if isinstance(tensor, Tensor)}
     wanted = {key: t for key, t in state.items() if key.startswith(tuple(f"{n}." for n in entry["targets"]))}
-    pairs = _pairs(wanted, ".adapter.lora_{}")[0] if isinstance(config, LoRAConfig) else {}
-    for name, start in _pairs(wanted, ".adapter.start_{}")[0].items():  # the update of the base as it was
+    pairs: dict[str, dict[str, Tensor]] = {}
+    if isinstance(config, LoRAConfig):
+        pairs = _products(_pairs(wanted, _CHECKPOINT)[0], config.target_parameters)
+    for name, start in _pairs(wanted, _STARTS)[0].items():  # the update of the base as it was
         A, B = pairs[name]["A"], pairs[name]["B"]
         pairs[name] = {"A": torch.cat([A, start["A"].to(A)]), "B": torch.cat([B, -start["B"].to(B)], dim=1)}
     scales = {}
     for name in pairs:
         # A pattern's key is for the name inside the transformers model, whose place in the run the file does not tell.
-        parts = name.split(".")
+        parts = _adapted(name).split(".")
         names = [".".join(parts[i:]) for i in range(len(parts))]
         alpha, rank = config.alpha_for(*names), config.rank_for(*names)
         rslora = isinstance(config, LoRAConfig) and config.use_rslora
-        scales[name] = scaling(rank, alpha, rslora) * strength.get(name, 1.0)
+        scales[name] = scaling(rank, alpha, rslora) * strength.get(_adapted(name), 1.0) * _times(name)
     saved = [key for key in state if key.startswith(tuple(f"{name}." for name in entry["saved"]))]
     return AdapterFacts(
         True,
@@ -123,30 +133,63 @@ def _order(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
 
 
-def _pairs(tensors: Mapping[str, Tensor], ending: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """A and B of each low-rank module, and the keys of everything else."""
+def _pairs(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A and B of each low-rank module, and the keys of everything else.
+
+    Args:
+        tensors: By key.
+        endings: Of the keys of A and B, and what stands in their place in the module's name.
+    """
     pairs: dict[str, dict[str, Tensor]] = {}
     rest = []
     for key, tensor in tensors.items():
-        factor = next((x for x in "AB" if key.endswith(ending.format(x))), None)
-        if factor is None:
-            rest.append(key)
+        for ending, place in endings.items():
+            factor = next((x for x in "AB" if key.endswith(ending.format(x))), None)
+            if factor is not None:
+                pairs.setdefault(key.removesuffix(ending.format(factor)) + place, {})[factor] = tensor
+                break
         else:
-            pairs.setdefault(key.removesuffix(ending.format(factor)), {})[factor] = tensor
+            rest.append(key)
     halves = [name for name, factors in pairs.items() if len(factors) < 2]
     if halves:
         raise AdapterMismatchError(f"{halves[0]!r} has one of its two factors only: save the adapter again")
     return pairs, rest
 
 
+def _products(
+    pairs: Mapping[str, Mapping[str, Tensor]], target_parameters: Iterable[str] | None
+) -> dict[str, dict[str, Tensor]]:
+    """Those pairs, as matrices, whose one product is the update: not of experts, nor of convolutions in groups."""
+    experts = {path.rpartition(".")[0] for path in target_parameters or ()}
+    found = {}
+    for name, factors in pairs.items():
+        A, B = factors["A"].flatten(1), factors["B"].flatten(1)
+        plain = name.replace(".base_layer", "")
+        mixture = any(f".{plain}".endswith(f".{path}") for path in experts)
+        if A.shape[0] == B.shape[1] and not mixture:
+            found[name] = {"A": A, "B": B}
+    return found
+
+
+def _adapted(name: str) -> str:
+    """The name of the module that was adapted: that of an output projection is one of attention's."""
+    return name.removesuffix(_OUT)
+
+
+def _times(name: str) -> int:
+    """How often the update is added: PEFT's twice, and so ours, in the output projection of torch's attention."""
+    return 2 if name.endswith(_OUT) else 1
+
+
 def _spectra(
     pairs: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, float], base: str | os.PathLike[str] | None
 ) -> dict[str, Spectrum]:
     norms = {} if base is None else _norms(Path(base).expanduser(), pairs)
-    return {
-        name: Spectrum(f["A"].shape[0], singular_values(f["A"], f["B"], scales[name]), norms.get(name, float("nan")))
-        for name, f in pairs.items()
-    }
+    found = {}
+    for name, factors in pairs.items():
+        values = singular_values(factors["A"], factors["B"], scales[name])
+        found[name.replace(_OUT, ".out_proj")] = Spectrum(len(factors["A"]), values, norms.get(name, float("nan")))
+    return found
 
 
 def _norms(base: Path, names: Iterable[str]) -> dict[str, float]:

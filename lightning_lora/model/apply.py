@@ -41,7 +41,7 @@ class ApplyReport:
     """What `apply_lora` did.
 
     Args:
-        adapted: Names of the linears that got an adapter.
+        adapted: Names of the modules that got an adapter.
         saved: Names of the modules that are trained in full.
         trainable_params: Trainable parameters now.
         logical_params: Parameters of the base, packed ones counted as what they stand for.

@@ -53,6 +53,8 @@ class AdapterModule(nn.Module):
     built_for: frozenset[Use] = frozenset()
     #: Why what it does cannot be folded into weights; None where it can.
     unmergeable: str | None = None
+    #: Why there is nothing between the base and what was trained; None where every strength is taken.
+    indivisible: str | None = None
     #: The child that is the user's module, where others of the user's modules lie inside it that have names in files.
     inner: str | None = None
 
@@ -72,6 +74,10 @@ class AdapterModule(nn.Module):
     def trained_names(self) -> list[str]:
         """Those that training owns and checkpoints keep: `own_names`, none in a vacant module."""
         return [] if self.vacant else self.own_names()
+
+    def base_names(self) -> list[str]:
+        """Those of `own_names` that hold a part of the base, alike in every process; none unless a method moves one."""
+        return []
 
     def drawn(self) -> dict[str, Tensor]:
         """By name, tensors that the adapter needs and no file holds, since a seed gives them again."""

@@ -37,7 +37,7 @@ from lightning_lora.nn.linear import LoRAAdapter, LoRALinear
 from lightning_lora.nn.quantized import PackedLinear
 
 MAGNITUDE = "adapter.lora_magnitude_vector"
-_ROWS = 2**16  # elements that backward looks at a time on a CPU: they stay in its cache
+_BYTES = 2**19  # of a tensor that backward looks at a time on a CPU: they stay in its cache
 
 _OVERWRITTEN = (
     "the output of a DoRA layer was changed in place, and the gradient of its magnitude needs it: use the form of the "
@@ -238,8 +238,8 @@ def row_norm(weight: Tensor, base_norm: Tensor, lora_A: Tensor, lora_B: Tensor, 
     wide = base_norm.dtype
     A, B = lora_A.to(wide), scale * lora_B.to(wide)
     cross = F.linear(lora_A.to(weight.dtype), weight).to(wide)  # (r, out): the fast orientation
-    added = (B * (2 * cross.t() + B @ (A @ A.t()))).sum(1)
-    grown = base_norm * (1 + added / base_norm.square()).clamp(min=0).sqrt()  # exactly the base's where B is zero
+    added = torch.linalg.vecdot(B, torch.addmm(cross.t(), B, A @ A.t(), beta=2))
+    grown = base_norm * (added / base_norm.square()).add_(1).clamp_(min=0).sqrt_()  # the base's own where B is zero
     return torch.where(base_norm > 0, grown, added.clamp(min=0).sqrt())
 
 
@@ -301,17 +301,17 @@ class _Rescaled(torch.autograd.Function):
     ) -> Tensor:
         ctx.mark_dirty(z)
         ctx.weight, ctx.scale = weight, scale
-        more = (ratio(magnitude, norm) - 1).to(z.dtype)
+        more = torch.where(norm > 0, magnitude / norm, 1.0).sub_(1).to(z.dtype)
         z.addcmul_(z, more)
         if bias is not None:
             z.sub_(more * bias.to(z.dtype))
-        ctx.save_for_backward(z if x is None else None, magnitude, norm, bias, x, lora_A, lora_B)
+        ctx.save_for_backward(z if x is None else None, magnitude, norm, more, bias, x, lora_A, lora_B)
         return z
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            y, magnitude, norm, bias, x, lora_A, lora_B = ctx.saved_tensors
+            y, magnitude, norm, more, bias, x, lora_A, lora_B = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace operation" in str(error):
                 raise UnsupportedError(_OVERWRITTEN) from error
@@ -320,12 +320,11 @@ class _Rescaled(torch.autograd.Function):
         divisor, own_bias = magnitude.to(norm.dtype), bias
         if x is not None:
             y, divisor, own_bias = None if not need_m else _direction(ctx, x, lora_A, lora_B), norm, None
-        c = ratio(magnitude, norm)
-        more = (c - 1).to(g.dtype)
         g2 = g.reshape(-1, g.shape[-1])
         y2 = g2 if y is None else y.reshape(-1, y.shape[-1])
         wide = norm.dtype
         if torch.is_grad_enabled():  # create_graph=True
+            more = (ratio(magnitude, norm) - 1).to(g.dtype)
             dz2, product = g2 + g2 * more, (g2 * y2).sum(0, dtype=wide)
         else:
             dz2, product = _fused(g2, y2, more, wide, need_z, need_m)
@@ -335,25 +334,29 @@ class _Rescaled(torch.autograd.Function):
             product = product if own_bias is None or total is None else product - own_bias.to(wide) * total
             dm = torch.where(divisor != 0, product / torch.where(divisor != 0, divisor, 1.0), 0.0).to(magnitude.dtype)
         if need_bias and bias is not None and total is not None:
-            db = ((1 - c) * total).to(bias.dtype)
+            db = ((1 - ratio(magnitude, norm)) * total).to(bias.dtype)
         return (dz2.view(g.shape) if need_z else None), dm, None, db, *(None,) * 5
 
 
 def _direction(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """``x V^T`` once more."""
+    """``x V^T`` once more, (N, out)."""
+    x = x.reshape(-1, x.shape[-1])
     with no_autocast(x.device.type):
-        z = F.linear(x, ctx.weight(x.dtype))
-        u = F.linear(x, lora_A.to(x.dtype))
-        return z + F.linear(u, (ctx.scale * lora_B).to(x.dtype))
+        z, u = F.linear(x, ctx.weight(x.dtype)), F.linear(x, lora_A.to(x.dtype))
+        scaled = (ctx.scale * lora_B).to(x.dtype)
+        return z + F.linear(u, scaled) if torch.is_grad_enabled() else z.addmm_(u, scaled.t())
 
 
 def _fused(g: Tensor, y: Tensor, more: Tensor, wide: torch.dtype, need_z: bool, need_m: bool) -> tuple[Tensor, Tensor]:
     """``g + g (c - 1)`` and the sum of ``g y`` over N; on a CPU some rows at a time, so that each is read once."""
-    dz, product = torch.empty_like(g), torch.zeros(g.shape[1], dtype=wide, device=g.device)
-    count = max(1, _ROWS // max(1, g.shape[1])) if g.device.type == "cpu" else max(1, g.shape[0])
+    dz, products = torch.empty_like(g), [torch.zeros(g.shape[1], dtype=wide, device=g.device)]
+    row = g.shape[1] * g.element_size()
+    count = max(1, _BYTES // max(1, row)) if g.device.type == "cpu" else max(1, g.shape[0])
     for rows, own, out in zip(g.split(count), y.split(count), dz.split(count), strict=True):
         if need_z:
             torch.addcmul(rows, rows, more, out=out)
-        if need_m:
-            product += (rows * own).sum(0, dtype=wide)
-    return dz, product
+        if need_m and g.device.type == "cpu":  # sums in fp32, and rounds each part once
+            products.append(torch.linalg.vecdot(rows, own, dim=0).to(wide))
+        elif need_m:
+            products.append((rows * own).sum(0, dtype=wide))
+    return dz, torch.stack(products).sum(0)

@@ -116,6 +116,10 @@ class ResidualLoRALinear(LoRALinear):
         """Those of the factors and of their start."""
         return [*super().own_names(), START_A, START_B]
 
+    def base_names(self) -> list[str]:
+        """See `AdapterModule.base_names`: the start is what the base lacks."""
+        return [START_A, START_B]
+
     def held(self) -> Held | None:
         """See `AdapterModule.held`."""
         held = super().held()

@@ -38,6 +38,7 @@ class VirtualTokens(AdapterModule):
     """
 
     unmergeable = "virtual tokens are no weights of the base"
+    indivisible = "virtual tokens are there or not, nothing lies between"
     #: The child in whose place this module stands.
     inner = "decoder"
 
@@ -89,8 +90,7 @@ class VirtualTokens(AdapterModule):
     def strength(self, value: float) -> None:
         if value not in (0.0, 1.0):
             raise UnsupportedError(
-                f"{self.title} has no strength of {value}: virtual tokens are there or not, nothing lies between. Use "
-                "0 (the base) or 1 (what was trained)"
+                f"{self.title} has no strength of {value}: {self.indivisible}. Use 0 (the base) or 1 (what was trained)"
             )
         self._strength = value
 

@@ -17,7 +17,6 @@ from lightning_lora.errors import BaseMismatchError
 from lightning_lora.model.fingerprint import digest
 from lightning_lora.model.inner import clean_name
 from lightning_lora.model.slots import adapter_modules, adapter_record
-from lightning_lora.nn.residual import START_A, START_B
 from lightning_lora.nn.saved import SavedModule
 from lightning_lora.ranks import gather
 from lightning_lora.strategies.state import AdapterStateMixin
@@ -70,7 +69,7 @@ def frozen_base(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(adapter, SavedModule):
             sent.update(map(id, (*adapter.parameters(), *adapter.buffers())))
         else:
-            own = [name for name in adapter.own_names() if name not in (START_A, START_B)]  # a part of the base
+            own = set(adapter.own_names()) - set(adapter.base_names())
             named = (*adapter.named_parameters(remove_duplicate=False), *adapter.named_buffers(remove_duplicate=False))
             tensors = {clean_name(name): tensor for name, tensor in named}  # inside wrappers of FSDP's
             sent.update(id(tensors[name]) for name in own)

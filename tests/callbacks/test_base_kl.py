@@ -112,6 +112,19 @@ def test_a_weight_of_zero_trains_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
+def test_a_validation_that_calls_the_training_step_is_left_alone(tmp_path: Path) -> None:
+    class Both(Learner):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    module, rows = Both(), loader(size=8)
+    trainer = make_trainer(tmp_path, [LoRA(r=4), BaseKL(0.7)], max_steps=4, val_check_interval=2)
+    trainer.fit(module, loader(), rows)
+    with torch.no_grad():
+        plain = torch.stack([module.loss(batch) for batch in rows]).mean()
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(float(plain), rel=1e-6)
+
+
 def test_dropout_of_the_model_is_not_in_the_base(tmp_path: Path) -> None:
     """The base is asked in evaluation mode, and every module is in its own mode afterwards."""
     seen = []

@@ -35,6 +35,7 @@ from lightning_lora import (
 )
 from lightning_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, TargetError, UnsupportedError
+from lightning_lora.io.adapter_facts import adapter_facts
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.model.slots import adapter_modules
 from lightning_lora.model.spectrum import adapter_spectra, base_norms
@@ -186,6 +187,20 @@ def test_spectra_are_those_of_the_updates() -> None:
             assert abs(spectrum.singular_values[0] - float(torch.linalg.matrix_norm(update, 2))) < 1e-4 * spectrum.norm
             assert abs(spectrum.base_norm - float(start[key].norm())) < 1e-4 * spectrum.base_norm
     assert {name.rpartition(".")[2] for name in adapter_spectra(adapted("experts"))} == {"q_proj"}
+
+
+@pytest.mark.parametrize("case", PARAMS)
+def test_folder_and_checkpoint_say_the_size_of_each_update(case: str, tmp_path: Path) -> None:
+    module = LM(CASES[case].make())
+    trainer = make_trainer(tmp_path, [LoRA(**{"r": 4, "lora_alpha": 6, **CASES[case].config})], max_steps=2)
+    trainer.fit(module, loader(8))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    save_adapter(module, tmp_path / "adapter")
+    live = {} if case == "experts alone" else adapter_spectra(module.net)  # of which none is one product
+    sizes = {name.replace(".in_proj_weight", ""): spectrum.norm for name, spectrum in live.items()}
+    for place in (tmp_path / "adapter", tmp_path / "run.ckpt"):
+        found = {name.removeprefix("net."): spectrum.norm for name, spectrum in adapter_facts(place).modules.items()}
+        assert found == pytest.approx(sizes, rel=1e-5)
 
 
 def test_merging_on_disk_is_refused_by_name(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Row:
         own_folder: Whether we write a folder for it although PEFT has no such method.
         low_rank: Whether its updates are of low rank, so that spectra say something.
         kin: Whether another row goes through the same code: its laws are among the slow tests.
+        divisible: Whether there is something between it and the base; else strengths other than 0 and 1 are refused.
         packed: Whether it goes with a packed base; else that is refused by name.
     """
 
@@ -44,6 +45,7 @@ class Row:
     packed: bool = True
     low_rank: bool = True
     kin: bool = False
+    divisible: bool = True
 
     def make(self, **settings: Any) -> AdapterCallback:
         """The callback."""
@@ -58,6 +60,7 @@ class Row:
         return self.name
 
 
+VIRTUAL = {"num_virtual_tokens": 4}
 ROWS = (
     Row("lora", "LoRA", {"r": 4}),
     Row("rslora", "LoRA", {"r": 4, "use_rslora": True}, kin=True),
@@ -80,8 +83,8 @@ ROWS = (
     Row("vera", "VeRA", {"r": 8}, learns_at=5e-2),
     Row("adalora", "AdaLoRA", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1}, learns_at=5e-2),
     Row("vera, drawn", "VeRA", {"r": 16, "save_projection": False}, learns_at=5e-2, kin=True),
-    Row("prompt", "PromptTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
-    Row("prefix", "PrefixTuning", {"num_virtual_tokens": 4}, begins=False, merges=False, low_rank=False),
+    Row("prompt", "PromptTuning", VIRTUAL, begins=False, merges=False, low_rank=False, divisible=False),
+    Row("prefix", "PrefixTuning", VIRTUAL, begins=False, merges=False, low_rank=False, divisible=False),
     Row(
         "bottleneck",
         "Bottleneck",

@@ -297,7 +297,10 @@ def test_what_a_file_says_of_it(row: Row, runs: Any, tmp_path: Path) -> None:
     if row.peft or row.own_folder:
         save_adapter(module, tmp_path / "adapter")
         places.append(tmp_path / "adapter")
-    for place in places:
-        facts = adapter_facts(place)
+    every = [adapter_facts(place) for place in places]
+    for facts in every:
         assert facts.parameters > 0
         assert facts.saved == []  # nothing of `modules_to_save`
+    if len(every) == 2 and isinstance(row.config(), LoRAConfig):
+        ours = {name.removeprefix("net."): spectrum.norm for name, spectrum in every[0].modules.items()}
+        assert {name: spectrum.norm for name, spectrum in every[1].modules.items()} == pytest.approx(ours, rel=1e-5)

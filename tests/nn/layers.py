@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapted layer of any kind, and the map that it should compute, in float64."""
+"""One adapted layer of any kind, the map that it should compute, in float64, and what is asked of all kinds."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.config import AdapterRecord, LoRAConfig
+from lightning_lora.nn.adapted import AdaptedLinear
 from lightning_lora.nn.layers import is_conv1d
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.quantized import PackedLinear, PackedWeight
 
 BASES = ("none", "nf4", "nf4-dq", "fp4", "int8")
+#: Every packing, of a linear and of a Conv1D.
+LAYOUTS = [(quantize, conv1d) for quantize in BASES for conv1d in (False, True)]
 
 
 def make_base(
@@ -83,3 +88,54 @@ def relative(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     error, size = (got - want).norm(), want.norm()
     return float(error / size.clamp(min=1e-3)) if got.numel() else 0.0
+
+
+def check_it_changes_no_bit(layer: AdaptedLinear, moves: Tensor, dtype: torch.dtype, size: float = 1.0) -> None:
+    """Fresh, switched off and at strength 0, ``layer`` [.., 64] -> [.., 48] is its base; not with ``moves`` drawn."""
+    layer, x = layer.to(dtype), torch.randn(3, 7, 64).to(dtype)
+    base = layer.base_layer(x)
+    assert layer.untrained()
+    assert torch.equal(layer(x), base)
+    nn.init.normal_(moves, std=size)
+    assert not layer.untrained()
+    assert not torch.equal(layer(x), base)
+    layer.enabled = False
+    assert torch.equal(layer(x), base)
+    layer.enabled, layer.strength = True, 0.0
+    assert torch.equal(layer(x), base)
+    assert torch.equal(layer.merged_weight(torch.float32), layer.base_weight(torch.float32))
+
+
+def check_equation(layer: AdaptedLinear, trained: Sequence[Tensor], equation: Callable[..., Tensor]) -> None:
+    """Output, gradients of the input and of what is trained, and merge: all of ``equation(layer, x, *trained)``."""
+    x = torch.randn(3, 7, 64, requires_grad=True)
+    g = torch.randn(3, 7, 48)
+    y = layer(x)
+    found = torch.autograd.grad(y, [x, *trained], g)
+    leaves = [t.detach().double().requires_grad_() for t in (x, *trained)]
+    want = equation(layer, *leaves)
+    assert relative(y, want) < 1e-6
+    for own, theirs in zip(found, torch.autograd.grad(want, leaves, g.double()), strict=True):
+        assert relative(own, theirs) < 1e-5
+    merged, bias = layer.merged_weight(torch.float32), layer.merged_bias()
+    plain = x @ (merged if layer.fan_in_fan_out else merged.t()) + (0 if bias is None else bias)
+    assert relative(y, plain) < 1e-6
+    assert relative(layer.base_weight(torch.float32) + layer.delta_weight(), merged) < 1e-6
+
+
+def check_low_precision(
+    layer: AdaptedLinear, trained: Callable[[Any], Sequence[Tensor]], equation: Callable[..., Tensor]
+) -> None:
+    """Under autocast and in bf16 it is near ``equation``, and what is trained stays in fp32."""
+    x, g = torch.randn(64, 64), torch.randn(64, 48)
+    leaves = [t.detach().double().requires_grad_() for t in (x, *trained(layer))]
+    wants = torch.autograd.grad(equation(layer, *leaves), leaves[1:], g.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    low = copy.deepcopy(layer).bfloat16()
+    for module, value in ((layer, y), (low, low(x.bfloat16()))):
+        founds = torch.autograd.grad(value, trained(module), g.bfloat16())
+        assert relative(value, equation(layer, *leaves)) < 1e-2
+        assert {t.dtype for t in (*founds, *trained(module))} == {torch.float32}
+        assert all(relative(found, want) < 2e-2 for found, want in zip(founds, wants, strict=True))

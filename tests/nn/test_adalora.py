@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.config import AdaLoRAConfig, AdapterRecord
 from lightning_lora.nn.adalora import AdaLoRALinear
-from tests.nn.layers import BASES, make_base, relative
-
-LAYOUTS = [(quantize, conv1d) for quantize in BASES for conv1d in (False, True)]
+from tests.nn.layers import (
+    LAYOUTS,
+    check_equation,
+    check_it_changes_no_bit,
+    check_low_precision,
+    make_base,
+    relative,
+)
 
 
 def make(
@@ -43,19 +46,8 @@ def equation(layer: AdaLoRALinear, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -
 @pytest.mark.parametrize(("quantize", "conv1d"), LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_fresh_off_or_at_strength_zero_it_changes_no_bit(quantize: str, conv1d: bool, dtype: torch.dtype) -> None:
-    layer = make(quantize=quantize, conv1d=conv1d, zero=True, dropout=0.5).to(dtype)
-    x = torch.randn(3, 7, 64).to(dtype)
-    base = layer.base_layer(x)
-    assert layer.untrained()
-    assert torch.equal(layer(x), base)
-    nn.init.normal_(layer.adapter.lora_E, std=100.0)
-    assert not layer.untrained()
-    assert not torch.equal(layer(x), base)
-    layer.enabled = False
-    assert torch.equal(layer(x), base)
-    layer.enabled, layer.strength = True, 0.0
-    assert torch.equal(layer(x), base)
-    assert torch.equal(layer.merged_weight(torch.float32), layer.base_weight(torch.float32))
+    layer = make(quantize=quantize, conv1d=conv1d, zero=True, dropout=0.5)
+    check_it_changes_no_bit(layer, layer.adapter.lora_E, dtype, size=100.0)
 
 
 @pytest.mark.parametrize(("quantize", "conv1d"), LAYOUTS)
@@ -63,34 +55,11 @@ def test_fresh_off_or_at_strength_zero_it_changes_no_bit(quantize: str, conv1d: 
 def test_output_and_gradients_are_the_formulas(quantize: str, conv1d: bool, strength: float) -> None:
     layer = make(quantize=quantize, conv1d=conv1d, bias=not conv1d or quantize == "none")
     layer.strength = strength
-    x = torch.randn(3, 7, 64, requires_grad=True)
-    g = torch.randn(3, 7, 48)
-    y = layer(x)
-    found = torch.autograd.grad(y, [x, *layer.triplets], g)
-    leaves = [t.detach().double().requires_grad_() for t in (x, *layer.triplets)]
-    want = equation(layer, *leaves)
-    assert relative(y, want) < 1e-6
-    for own, theirs in zip(found, torch.autograd.grad(want, leaves, g.double()), strict=True):
-        assert relative(own, theirs) < 1e-5
-    merged = layer.merged_weight(torch.float32)
-    plain = x @ (merged if conv1d else merged.t()) + (0 if layer.bias is None else layer.bias)
-    assert relative(y, plain) < 1e-6
+    check_equation(layer, layer.triplets, equation)
 
 
 def test_under_autocast_and_in_bf16_it_is_near() -> None:
-    layer = make()
-    x, g = torch.randn(64, 64), torch.randn(64, 48)
-    leaves = [t.detach().double().requires_grad_() for t in (x, *layer.triplets)]
-    wants = torch.autograd.grad(equation(layer, *leaves), leaves[1:], g.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    low = copy.deepcopy(layer).bfloat16()
-    for module, value in ((layer, y), (low, low(x.bfloat16()))):
-        founds = torch.autograd.grad(value, module.triplets, g.bfloat16())
-        assert relative(value, equation(layer, *leaves)) < 1e-2
-        assert {t.dtype for t in (*founds, *module.triplets)} == {torch.float32}
-        assert all(relative(found, want) < 2e-2 for found, want in zip(founds, wants, strict=True))
+    check_low_precision(make(), lambda layer: layer.triplets, equation)
 
 
 def test_checkpointed_compiled_hooked_and_with_dropout() -> None:

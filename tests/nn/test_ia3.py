@@ -24,7 +24,7 @@ from lightning_lora.config import AdapterRecord
 from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError, UnsupportedError
 from lightning_lora.nn.ia3 import IA3Linear
 from tests.helpers import LM, TinyNet, loader, make_trainer, random_adapters, tiny_gpt2, tiny_llama
-from tests.nn.layers import make_base
+from tests.nn.layers import check_equation, make_base
 
 IDS = torch.arange(24).view(2, 12) % 61
 LAYOUTS = [("none", False), ("none", True), ("nf4", False), ("int8", True)]
@@ -55,20 +55,7 @@ def test_output_gradients_and_merged_weights_are_the_equations(
 ) -> None:
     layer = make(feedforward, quantize=quantize, conv1d=conv1d)
     layer.strength = strength
-    x = torch.randn(3, 7, 64, requires_grad=True)
-    g = torch.randn(3, 7, 48)
-    y = layer(x)
-    found = torch.autograd.grad(y, [x, layer.ia3_l], g)
-    leaves = [t.detach().double().requires_grad_() for t in (x, layer.ia3_l)]
-    want = equation(layer, *leaves)
-    torch.testing.assert_close(y, want.float(), rtol=1e-5, atol=1e-5)
-    for own, exact in zip(found, torch.autograd.grad(want, leaves, g.double()), strict=True):
-        torch.testing.assert_close(own, exact.float(), rtol=1e-4, atol=1e-4)
-    weight, bias = layer.merged_weight(torch.float32), layer.merged_bias()
-    assert bias is not None
-    merged = x @ (weight if conv1d else weight.t()) + bias
-    torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.base_weight(torch.float32) + layer.delta_weight(), weight)
+    check_equation(layer, [layer.ia3_l], equation)
 
 
 @pytest.mark.parametrize("feedforward", [True, False])
