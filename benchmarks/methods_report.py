@@ -64,9 +64,10 @@ def _draw_rates(tried: dict[str, list[tuple[float, float, float]]]) -> Figure:
     for panel, (name, points) in zip(panels.flat, tried.items(), strict=False):
         panel.plot([loss for _, loss, _ in every], [y for _, _, y in every], "o", color="0.85", markersize=3)
         panel.plot([loss for _, loss, _ in points], [y for _, _, y in points], "o-", color="tab:blue", markersize=4)
-        for rate, loss, y in points:
-            panel.annotate(f"{rate:g}", (loss, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        panel.margins(0.12)
+        for (rate, loss, y), below in ((points[0], False), (points[-1], True)):  # those between follow in order
+            place = {"xytext": (4, -10 if below else 4), "textcoords": "offset points"}
+            panel.annotate(f"{rate:g}", (loss, y), fontsize=7, **place)
+        panel.margins(0.15)
         panel.set_title(name, fontsize=9)
     for panel in panels.flat[len(tried) :]:
         panel.set_axis_off()
