@@ -109,6 +109,19 @@ def test_what_has_no_parts_is_refused_before_training(row: Row, known: str, tmp_
         assert not (tmp_path / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("ia3", "6 linears adapted"), ("embedding", "modules adapted"), ("prompt", "1 module adapted"),
+     ("norms", "5 modules adapted")],
+)  # fmt: skip
+def test_a_run_says_what_it_adapts(name: str, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (row,) = [row for row in ROWS if row.name == name]
+    with caplog.at_level("INFO"):
+        fit(row, tmp_path, lr=row.learns_at, max_steps=1)
+    assert f"{row.config().title}: " in caplog.text
+    assert text in caplog.text
+
+
 class Begun(L.Callback):
     """What is trained as training begins."""
 
