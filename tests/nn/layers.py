@@ -93,10 +93,15 @@ def relative(got: Tensor, want: Tensor) -> float:
 def check_it_changes_no_bit(layer: AdaptedLinear, moves: Tensor, dtype: torch.dtype, size: float = 1.0) -> None:
     """Fresh, switched off and at strength 0, ``layer`` [.., 64] -> [.., 48] is its base; not with ``moves`` drawn."""
     layer, x = layer.to(dtype), torch.randn(3, 7, 64).to(dtype)
-    base = layer.base_layer(x)
     assert layer.untrained()
-    assert torch.equal(layer(x), base)
+    assert torch.equal(layer(x), layer.base_layer(x))
     nn.init.normal_(moves, std=size)
+    check_off_it_is_the_base(layer, x)
+
+
+def check_off_it_is_the_base(layer: AdaptedLinear, x: Tensor) -> None:
+    """A layer that was trained is its base, bit for bit, switched off and at strength 0, and not before."""
+    base = layer.base_layer(x)
     assert not layer.untrained()
     assert not torch.equal(layer(x), base)
     layer.enabled = False
@@ -108,8 +113,8 @@ def check_it_changes_no_bit(layer: AdaptedLinear, moves: Tensor, dtype: torch.dt
 
 def check_equation(layer: AdaptedLinear, trained: Sequence[Tensor], equation: Callable[..., Tensor]) -> None:
     """Output, gradients of the input and of what is trained, and merge: all of ``equation(layer, x, *trained)``."""
-    x = torch.randn(3, 7, 64, requires_grad=True)
-    g = torch.randn(3, 7, 48)
+    x = torch.randn(3, 7, layer.in_features, requires_grad=True)
+    g = torch.randn(3, 7, layer.out_features)
     y = layer(x)
     found = torch.autograd.grad(y, [x, *trained], g)
     leaves = [t.detach().double().requires_grad_() for t in (x, *trained)]

@@ -13,9 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.nn.dora import MAGNITUDE, DoRALinear
-from tests.nn.layers import BASES, make_base, relative
+from tests.nn.layers import LAYOUTS, check_equation, check_off_it_is_the_base, make_base, relative
 
-LAYOUTS = [(quantize, conv1d) for quantize in BASES for conv1d in (False, True)]
 SHAPES = [(64, 48), (64, 64)]  # the output kept for backward, and made anew
 
 
@@ -63,15 +62,7 @@ def test_a_fresh_adapter_changes_no_bit(quantize: str, conv1d: bool, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_switched_off_or_at_strength_zero_it_is_the_base(quantize: str, conv1d: bool, dtype: torch.dtype) -> None:
     layer = make(quantize=quantize, conv1d=conv1d).to(dtype)
-    x = torch.randn(3, 7, 64).to(dtype)
-    base = layer.base_layer(x)
-    assert not layer.untrained()
-    assert not torch.equal(layer(x), base)
-    layer.enabled = False
-    assert torch.equal(layer(x), base)
-    layer.enabled, layer.strength = True, 0.0
-    assert torch.equal(layer(x), base)
-    assert torch.equal(layer.merged_weight(torch.float32), layer.base_weight(torch.float32))
+    check_off_it_is_the_base(layer, torch.randn(3, 7, 64).to(dtype))
 
 
 @pytest.mark.parametrize(("quantize", "conv1d"), LAYOUTS)
@@ -80,19 +71,7 @@ def test_output_and_gradients_are_the_papers(quantize: str, conv1d: bool, streng
     for (inn, out), bias in zip(SHAPES * 2, (True, True, conv1d, conv1d), strict=True):
         layer = make(inn, out, quantize=quantize, conv1d=conv1d, bias=bias)
         layer.strength = strength
-        x = torch.randn(3, 7, inn, requires_grad=True)
-        g = torch.randn(3, 7, out)
-        y = layer(x)
-        found = torch.autograd.grad(y, [x, *trained(layer)], g)
-        leaves = [t.detach().double().requires_grad_() for t in (x, *trained(layer))]
-        want = equation(layer, *leaves)
-        assert relative(y, want) < 1e-6
-        for own, theirs in zip(found, torch.autograd.grad(want, leaves, g.double()), strict=True):
-            assert relative(own, theirs) < 1e-5
-        merged = layer.merged_weight(torch.float32)
-        y = x @ (merged if conv1d else merged.t()) + (0 if layer.bias is None else layer.bias)
-        assert relative(layer(x), y) < 1e-6
-        assert relative(layer.base_weight(torch.float32) + layer.delta_weight(), merged) < 1e-6
+        check_equation(layer, trained(layer), equation)
 
 
 @pytest.mark.parametrize(("inn", "out"), SHAPES)

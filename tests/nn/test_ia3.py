@@ -55,6 +55,7 @@ def test_output_gradients_and_merged_weights_are_the_equations(
 ) -> None:
     layer = make(feedforward, quantize=quantize, conv1d=conv1d)
     layer.strength = strength
+    assert layer.merged_bias() is not None
     check_equation(layer, [layer.ia3_l], equation)
 
 

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import AdapterRecord, LoRAConfig
 from lightning_lora.nn.linear import LoRALinear
-from tests.nn.layers import BASES, make_base, make_layer, relative
-
-LAYOUTS = [(quantize, conv1d) for quantize in BASES for conv1d in (False, True)]
+from tests.nn.layers import BASES, LAYOUTS, check_off_it_is_the_base, make_base, make_layer, relative
 
 
 @pytest.mark.parametrize(("quantize", "conv1d"), LAYOUTS)
@@ -31,14 +29,7 @@ def test_a_fresh_adapter_changes_no_bit(quantize: str, conv1d: bool, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_switched_off_or_at_strength_zero_it_is_the_base(quantize: str, conv1d: bool, dtype: torch.dtype) -> None:
     layer = make_layer(64, 48, quantize=quantize, conv1d=conv1d, lora_dropout=0.5).to(dtype)
-    x = torch.randn(3, 7, 64).to(dtype)
-    base = layer.base_layer(x)
-    assert not layer.untrained()
-    assert not torch.equal(layer(x), base)
-    layer.enabled = False
-    assert torch.equal(layer(x), base)
-    layer.enabled, layer.strength = True, 0.0
-    assert torch.equal(layer(x), base)
+    check_off_it_is_the_base(layer, torch.randn(3, 7, 64).to(dtype))
 
 
 @pytest.mark.parametrize(("quantize", "conv1d"), LAYOUTS)
